@@ -1,0 +1,55 @@
+"""Time and stamps: the system clock, and the hybrid logical clock that orders operations.
+
+A stamp is 64 bits, 48 of epoch milliseconds and 16 of counter (S. Kulkarni et al., "Logical Physical
+Clocks", 2014). It is strictly increasing per engine and above every stamp the engine has read, so a
+wall clock that jumps back cannot make a new write look old.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+from sync_engine.ports import Clock
+
+__all__ = ["Stamps", "SystemClock"]
+
+COUNTER_BITS = 16
+STAMP_MAX = 2**63 - 1
+"""SQL keeps stamps in signed 64-bit columns; 47 bits of milliseconds last until the year 6429."""
+
+
+class SystemClock:
+    """The real clock."""
+
+    def now_ms(self) -> int:
+        return time.time_ns() // 1_000_000
+
+    def monotonic(self) -> float:
+        return time.monotonic()
+
+    async def sleep(self, seconds: float, /) -> None:
+        await asyncio.sleep(seconds)
+
+
+class Stamps:
+    """Hands out strictly increasing stamps."""
+
+    def __init__(self, clock: Clock, after: int = 0) -> None:
+        self._clock = clock
+        self.last = after
+
+    def next(self) -> int:
+        """A stamp greater than every one handed out or observed."""
+        wall = self._clock.now_ms() << COUNTER_BITS
+        # The counter overflows into the milliseconds, which only runs the stamp ahead of the wall clock.
+        self.last = wall if wall > self.last else self.last + 1
+        return self.last
+
+    def observe(self, stamp: int) -> None:
+        """Never hand out a stamp at or below this one."""
+        if stamp > self.last:
+            self.last = stamp
+
+    def __repr__(self) -> str:
+        return f"<Stamps last {self.last} ({self.last >> COUNTER_BITS} ms)>"

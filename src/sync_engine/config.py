@@ -1,0 +1,149 @@
+"""Every setting of the engine with its default, its bounds and why: from arguments, environment or TOML."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, SecretStr, ValidationError, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
+
+from sync_engine.errors import ConfigError
+from sync_engine.options import Ack, CacheTtl
+
+__all__ = ["SyncEngineConfig"]
+
+MIB = 1024 * 1024
+
+
+class SyncEngineConfig(BaseSettings):
+    """Settings of one engine. Arguments win over ``SYNC_ENGINE_*`` variables, those over a TOML file.
+
+    ``SyncEngineConfig(data_dir=...)`` alone is a working engine: SQLite in ``data_dir``, no Redis.
+    URLs are secrets: no repr, log line or error prints them. A bad value raises ``ConfigError`` naming
+    field, value and bound.
+    """
+
+    model_config = SettingsConfigDict(
+        env_prefix="SYNC_ENGINE_",
+        env_parse_none_str="none",
+        extra="forbid",
+        frozen=True,
+        hide_input_in_errors=True,
+        validate_default=True,
+    )
+
+    data_dir: Path = Path("sync-engine-data")
+    """Folder of the log, the default SQLite file and an embedded Redis; made with mode 0700."""
+
+    redis_url: SecretStr | None = None
+    """``redis://``, ``rediss://``, ``unix://`` or ``embedded://`` (a Redis of our own in ``data_dir``). None: no L2."""
+    redis_prefix: str = Field("", max_length=255)
+    """Put before every Redis key, verbatim; end it with a colon."""
+    redis_timeout_ms: int = Field(5_000, ge=1, le=600_000)
+    """How long a connection to Redis may take to be made or to be had from the pool."""
+    redis_response_timeout_ms: int = Field(5_000, ge=1, le=600_000)
+    """How long Redis may take to answer one command."""
+    redis_binary_format: Literal["compact", "json"] = "compact"
+    """How binary items are kept in Redis: our envelope, or the original's JSON text (4 times the size)."""
+
+    sql_url: SecretStr | None = None
+    """``sqlite:///path``; unset: SQLite in ``data_dir``. None said aloud: no truth, cache-only writes."""
+    sql_timeout_ms: int = Field(5_000, ge=1, le=600_000)
+    """How long a statement may wait for a lock of another writer."""
+
+    l1_max_bytes: int = Field(256 * MIB, ge=0)
+    """Bytes of items in process memory; 0 turns L1 off."""
+    promotion_ttl: float = Field(float(CacheTtl.HOUR), ge=1, le=10 * 365 * 86_400)
+    """Seconds that a Redis copy made by a read lives, so that a cold item does not settle there."""
+
+    max_payload_bytes: int = Field(16 * MIB, ge=1, le=512 * MIB)
+    """Largest content accepted; Redis ends at 512 MiB."""
+    default_ack: Ack = Ack.LOGGED
+    """When ``submit`` returns unless it says so itself."""
+
+    batch_flush_ms: int = Field(100, ge=0, le=60_000)
+    """Longest time a write waits for company before it is flushed; 0: flushed at once."""
+    batch_flush_count: int = Field(1_000, ge=1, le=100_000)
+    """Operations that trigger a flush, and the most one flush takes."""
+    batch_flush_bytes: int = Field(MIB, ge=1)
+    """Bytes that trigger a flush, and the most one flush takes beyond its first operation."""
+
+    wal_path: Path | None = None
+    """Folder of the log; default ``data_dir/log``. One engine owns it at a time."""
+    wal_max_items: int = Field(1_000_000, ge=1)
+    """Unsettled operations the log may hold; beyond it writes wait, then raise ``Backpressure``."""
+    wal_segment_bytes: int = Field(16 * MIB, ge=4_096, le=1024 * MIB)
+    """Size at which the log starts a new file; settled files are deleted whole."""
+    pending_max_bytes: int = Field(64 * MIB, ge=0)
+    """Unsettled items kept in memory; beyond it their values are read back from the log when flushed."""
+    backpressure_wait_ms: int = Field(1_000, ge=0, le=600_000)
+    """How long a write waits at a bound before ``Backpressure``."""
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as bad:
+            raise ConfigError("; ".join(map(_told, bad.errors(include_url=False)))) from None
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        path = os.environ.get("SYNC_ENGINE_CONFIG")
+        sources = (init_settings, env_settings)
+        return (*sources, TomlConfigSettingsSource(settings_cls, _existing(path))) if path else sources
+
+    @classmethod
+    def from_toml(cls, path: str | Path, **values: Any) -> SyncEngineConfig:
+        """Settings of a TOML file; arguments and environment win over it."""
+        import tomllib
+
+        try:
+            told = tomllib.loads(_existing(path).read_text())
+        except tomllib.TOMLDecodeError as bad:
+            raise ConfigError(f"{path}: not valid TOML: {bad}") from None
+        overrides = {name for name in cls.model_fields if f"SYNC_ENGINE_{name.upper()}" in os.environ}
+        return cls(**{name: value for name, value in told.items() if name not in overrides} | values)
+
+    @model_validator(mode="after")
+    def _fill_in(self) -> SyncEngineConfig:
+        if "sql_url" not in self.model_fields_set:
+            # Absolute, so that a later chdir of the process cannot change which file is the truth.
+            url = f"sqlite:///{(self.data_dir / 'truth.db').absolute()}"
+            object.__setattr__(self, "sql_url", SecretStr(url))
+        if self.redis_url is None and self.sql_url is None:
+            raise ValueError("redis_url and sql_url are both None: there is no tier to store anything in")
+        return self
+
+    @property
+    def log_dir(self) -> Path:
+        """Where the log lives."""
+        return self.wal_path if self.wal_path is not None else self.data_dir / "log"
+
+
+SECRETS = frozenset({"redis_url", "sql_url"})
+
+
+def _told(error: Any) -> str:
+    field = ".".join(str(part) for part in error["loc"]) or "configuration"
+    given = "" if field in SECRETS or error["type"] in ("value_error", "extra_forbidden") else f" = {error['input']!r}"
+    return f"{field}{given}: {error['msg']}"
+
+
+def _existing(path: str | Path) -> Path:
+    found = Path(path)
+    if not found.is_file():
+        raise ConfigError(f"{path}: no such configuration file")
+    return found

@@ -1,0 +1,217 @@
+"""What the flows ask of the outside, cut by ability; adapters implement, flows import only this.
+
+Verbs take many ids first. A method raises ``TierUnavailable`` when the tier could not be asked: then
+nothing is known, neither that an item is absent nor that a write failed. Answers about single items
+are in the returned facts, never exceptions, so that one bad item cannot hide its neighbours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
+
+from sync_engine.errors import Corruption, SyncEngineError
+from sync_engine.item import Op, SyncItem
+
+__all__ = [
+    "Applied",
+    "BatchWriteResult",
+    "Clock",
+    "Fetched",
+    "Hot",
+    "Journal",
+    "Logged",
+    "Reads",
+    "Scans",
+    "States",
+    "Tier",
+    "Truth",
+    "Writes",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    """What a tier holds of the ids it was asked for; an id in none of the three is absent there.
+
+    ``items`` passed their SHA-256. ``unverified`` were written without our exact bytes by the original
+    engine, whose documents cannot match their hash. ``corrupt`` did not match.
+    """
+
+    items: dict[str, SyncItem] = field(default_factory=dict)
+    unverified: dict[str, SyncItem] = field(default_factory=dict)
+    corrupt: dict[str, Corruption] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Applied:
+    """What became of a batch of operations that the tier answered.
+
+    An id that is named nowhere was applied. ``superseded``: the tier already held a newer stamp (or a
+    tombstone of one) and kept it. ``refused``: the tier will not take this operation as it is; the
+    rest went through. ``restated``: the whole items after their state changed. ``existed``: ids of
+    deletes that removed something.
+    """
+
+    superseded: frozenset[str] = frozenset()
+    refused: Mapping[str, SyncEngineError] = field(default_factory=dict)
+    restated: Mapping[str, SyncItem] = field(default_factory=dict)
+    existed: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class BatchWriteResult:
+    """Outcome of ``put_batch``: ``failed`` maps id to reason, everything else is stored.
+
+    ``written`` counts the items now stored as given. ``verified`` says that the store confirmed each of
+    them. ``superseded`` are ids whose newer copy was left in place.
+    """
+
+    batch_id: str
+    written: int
+    verified: bool
+    failed: Mapping[str, str] = field(default_factory=dict)
+    superseded: frozenset[str] = frozenset()
+
+
+class Reads(Protocol):
+    """Point reads."""
+
+    async def fetch(self, ids: Sequence[str], /) -> Fetched:
+        """Everything held of these ids, in one round trip per chunk. No order is promised."""
+        ...
+
+    async def exists_batch(self, ids: Sequence[str], /) -> list[bool]:
+        """Whether each id is held, in input order."""
+        ...
+
+
+class Writes(Protocol):
+    """The one way to change a tier."""
+
+    async def apply(self, ops: Sequence[Op], /) -> Applied:
+        """Apply at most one operation per id. Applying the same batch again changes nothing.
+
+        Guarantees: an older stamp never replaces a newer one; stamp 0 is unordered and always
+        replaces. Does not promise: order between ids, or atomicity beyond one chunk.
+        """
+        ...
+
+
+class States(Protocol):
+    """Which items are in a state."""
+
+    async def list_state_ids(self, state: str, limit: int = ..., *, after: str | None = ...) -> list[str]:
+        """Ids in the state, ascending, those greater than ``after``."""
+        ...
+
+    async def count_by_state(self, state: str, /) -> int:
+        """How many items are in the state."""
+        ...
+
+
+class Scans(Protocol):
+    """Ordered ranges. Ids ascend by code point (= UTF-8 byte order)."""
+
+    async def scan_prefix(self, prefix: str, limit: int = ..., *, after: str | None = ...) -> list[SyncItem]:
+        """Items whose id starts with the prefix, ascending, those greater than ``after``."""
+        ...
+
+    async def get_by_state(self, state: str, limit: int = ..., *, after: str | None = ...) -> list[SyncItem]:
+        """Items in the state, ascending by id, those greater than ``after``."""
+        ...
+
+    async def count_prefix(self, prefix: str, /) -> int:
+        """How many ids start with the prefix."""
+        ...
+
+
+@runtime_checkable
+class Tier(Reads, Writes, States, Protocol):
+    """A place that keeps items: Redis, SQL, or a test's dict."""
+
+    name: str
+
+    async def close(self) -> None:
+        """Let go of connections and threads; pending calls finish first. Safe to call twice."""
+        ...
+
+
+@runtime_checkable
+class Truth(Tier, Scans, Protocol):
+    """The tier that is right when tiers differ."""
+
+    async def newest_stamp(self) -> int:
+        """A stamp that no write this tier has accepted exceeds; 0 when it never accepted one."""
+        ...
+
+
+@dataclass(slots=True)
+class Logged:
+    """One log record as its keeper sees it: the operation, and where the log holds it."""
+
+    op: Op
+    seq: int
+    position: object
+
+
+class Journal(Protocol):
+    """The write-ahead log: the only keeper of what is not settled.
+
+    ``append`` never blocks the event loop. A record that ``on_durable`` was told of survives process
+    and machine crashes until it is settled.
+    """
+
+    def append(
+        self, ops: Sequence[Op], on_durable: Callable[[Sequence[Logged]], None], on_failed: Callable[[Exception], None]
+    ) -> None:
+        """Queue records for the next group commit; exactly one of the callbacks is called, on the loop.
+
+        Callbacks come in append order.
+        """
+        ...
+
+    def settle(self, seqs: Iterable[int], /) -> None:
+        """These records are in every tier they asked for. Not synced: after a crash they may be replayed."""
+        ...
+
+    async def read(self, records: Sequence[Logged], /) -> list[Op]:
+        """Operations of unsettled records, read back from disk, in input order."""
+        ...
+
+
+class Hot(Protocol):
+    """L1: items in process memory, no I/O. Keeps what it likes, never more than its bound."""
+
+    def get(self, object_id: str, /) -> SyncItem | None:
+        """The live copy, noted as used."""
+        ...
+
+    def peek(self, object_id: str, /) -> SyncItem | None:
+        """The live copy, not noted as used."""
+        ...
+
+    def offer(self, item: SyncItem, deadline_ms: int | None = ..., /) -> bool:
+        """Take the item unless a newer stamp is held; it is not served past the deadline (epoch ms)."""
+        ...
+
+    def drop(self, object_id: str, /) -> None:
+        """Forget the item."""
+        ...
+
+
+class Clock(Protocol):
+    """Time as a parameter: wall clock for stamps and deadlines, monotonic for intervals."""
+
+    def now_ms(self) -> int:
+        """Wall clock, epoch milliseconds."""
+        ...
+
+    def monotonic(self) -> float:
+        """Seconds that never go back."""
+        ...
+
+    async def sleep(self, seconds: float, /) -> None:
+        """Suspend the caller."""
+        ...
