@@ -1,0 +1,1 @@
+"""Test kit: a clock, tiers with faults, contract suites and pytest fixtures."""
