@@ -1,0 +1,1 @@
+"""Tiers: adapters that keep items, each behind the ports of `sync_engine.ports`."""

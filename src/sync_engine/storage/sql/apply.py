@@ -1,0 +1,230 @@
+"""One batch of operations inside one transaction: what each meets, what is written, what is told back.
+
+The caller opens and ends the transaction. Decisions follow the stamps: the newer one wins, a tombstone is a stamp
+too, stamp 0 is unordered and always wins. Chunks go in order of ids, so that two writers take locks alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from typing import Final, NamedTuple
+
+from sync_engine.clock import COUNTER_BITS
+from sync_engine.errors import StoreError, SyncEngineError, VersionConflict
+from sync_engine.item import Op, SyncItem
+from sync_engine.ports import Applied
+from sync_engine.storage.sql.rows import Value, flat, item_of, row_of
+from sync_engine.storage.sql.sqlite import RowRefused, Session
+from sync_engine.storage.sql.sqlite_words import ANY_BURIED, NOTE_STAMP, PRUNE, ROWS_MAX, Words, padded
+
+__all__ = ["TOMBSTONE_LIFE_MS", "apply_ops"]
+
+CHUNK_BYTES_MAX: Final = 4 * 1024 * 1024
+"""Bytes bound by one statement beyond its first row: SQLite copies every bound value."""
+
+TOMBSTONE_LIFE_MS: Final = 7 * 86_400_000
+"""How long a delete is remembered: far longer than a put waits in a log that is being flushed."""
+
+
+class _Held(NamedTuple):
+    stamp: int
+    version: int
+    payload_hash: str
+    state: str
+
+
+_NOTHING: Final = _Held(0, 0, "", "")
+
+
+async def apply_ops(session: Session, words: Words, ops: Sequence[Op], now_ms: int) -> Applied:
+    """Apply the newest operation of each id. Raises ``TierUnavailable`` or ``StoreError`` about the whole batch."""
+    newest = _newest_per_id(ops)
+    ((any_buried,),) = await session.rows(ANY_BURIED)
+    batch = _Batch(session, words, now_ms, bool(any_buried))
+    for chunk in _chunks(newest):
+        await batch.apply(chunk)
+    if stamp := max((op.stamp for op in newest), default=0):
+        await session.run(NOTE_STAMP, (stamp,))
+    if batch.deletes:
+        # Twice what this batch may add: the tombstones of a steady stream stay bounded by their life.
+        await session.run(PRUNE, (now_ms - TOMBSTONE_LIFE_MS, 2 * batch.deletes))
+    return Applied(
+        superseded=frozenset(batch.superseded),
+        refused=batch.refused,
+        restated=batch.restated,
+        existed=frozenset(batch.existed),
+    )
+
+
+class _Batch:
+    """The outcome so far."""
+
+    def __init__(self, session: Session, words: Words, now_ms: int, any_buried: bool) -> None:
+        self._session = session
+        self._words = words
+        self._now_ms = now_ms
+        self._any_buried = any_buried
+        self.superseded: set[str] = set()
+        self.refused: dict[str, SyncEngineError] = {}
+        self.restated: dict[str, SyncItem] = {}
+        self.existed: set[str] = set()
+        self.deletes = 0
+
+    async def apply(self, ops: Sequence[Op]) -> None:
+        """One chunk: at most ``ROWS_MAX`` operations, one per id, in order of ids."""
+        session, words = self._session, self._words
+        ids = padded([op.object_id for op in ops])
+        buried: dict[str, int] = {}
+        if self._any_buried:
+            buried = dict(await session.rows(words.buried[len(ids)], ids))
+        held: dict[str, _Held] = {}
+        if any(op.kind != "put" or not op.sql or op.if_version is not None for op in ops):
+            held = {id_: _Held(*facts) for id_, *facts in await session.rows(words.held[len(ids)], ids)}
+        puts, deletes, restates = [], [], []
+        for op in ops:
+            if op.if_version is not None and self._conflicts(op, held.get(op.object_id)):
+                continue
+            if 0 < op.stamp < buried.get(op.object_id, 0):
+                self.superseded.add(op.object_id)
+            elif op.kind == "put" and op.sql:
+                puts.append(op)
+            elif op.kind == "restate":
+                restates.append(op)
+            else:  # a put that SQL does not keep removes the older copy here
+                deletes.append(op)
+        if puts:
+            await self._put(puts, buried)
+        if deletes:
+            await self._delete(deletes, held, buried)
+        if restates:
+            await self._restate(restates, held)
+
+    def _conflicts(self, op: Op, held: _Held | None) -> bool:
+        expected = op.if_version or 0
+        if held is None and expected == 0:
+            return False
+        # Of the very stamp: this operation was applied before, and is being replayed.
+        if held is not None and (expected == held.version > 0 or 0 < op.stamp == held.stamp):
+            return False
+        self.refused[op.object_id] = VersionConflict(op.object_id, expected, held.version if held else 0)
+        return True
+
+    async def _put(self, puts: Sequence[Op], buried: dict[str, int]) -> None:
+        written = 0
+        for part in _statements(puts):
+            written += await self._isolating(part, self._upsert)
+        accepted = [op for op in puts if op.object_id not in self.refused]
+        if written != len(accepted):
+            # Fewer rows changed than were sent: some were newer. Which ones, the table knows.
+            ids = padded([op.object_id for op in accepted])
+            held = {id_: _Held(*facts) for id_, *facts in await self._session.rows(self._words.held[len(ids)], ids)}
+            self.superseded.update(op.object_id for op in accepted if _is_newer(held.get(op.object_id), op))
+        if buried:
+            # The row's own stamp says more now. An unordered put has none, so there the tombstone keeps its watch.
+            outlived = [op.object_id for op in accepted if op.stamp >= buried.get(op.object_id, 0) > 0 and op.stamp > 0]
+            await self._by_ids(self._words.exhume, outlived)
+
+    async def _upsert(self, ops: Sequence[Op]) -> int:
+        rows = [row_of(op.item, op.stamp) for op in ops if op.item is not None]
+        return await self._session.run(self._words.upsert[len(rows)], flat(rows))
+
+    async def _delete(self, deletes: Sequence[Op], held: dict[str, _Held], buried: dict[str, int]) -> None:
+        losing = {op.object_id for op in deletes if op.stamp and held.get(op.object_id, _NOTHING).stamp > op.stamp}
+        self.superseded |= losing
+        winning = [op for op in deletes if op.object_id not in losing]
+        present = [op for op in winning if op.object_id in held]
+        if present:
+            await self._isolating(present, lambda part: self._by_ids(self._words.delete, [op.object_id for op in part]))
+        done = [op for op in winning if op.object_id not in self.refused]
+        self.existed.update(op.object_id for op in done if op.object_id in held)
+        for part in _statements([op for op in done if op.stamp]):
+            rows = [(op.object_id, op.stamp, max(self._now_ms, op.stamp >> COUNTER_BITS)) for op in part]
+            await self._session.run(self._words.bury[len(rows)], flat(rows))
+            self.deletes += len(rows)
+        # An unordered delete starts the id afresh.
+        await self._by_ids(self._words.exhume, [op.object_id for op in done if not op.stamp and op.object_id in buried])
+
+    async def _restate(self, restates: Sequence[Op], held: dict[str, _Held]) -> None:
+        session = self._session
+        changing, told = [], []
+        for op in restates:
+            facts = held.get(op.object_id)
+            if facts is None or op.state is None:
+                continue
+            if not op.stamp or op.stamp > facts.stamp:
+                changing.append(op)
+            elif op.stamp == facts.stamp and op.state == facts.state:
+                told.append(op.object_id)  # applied before, and being replayed: the caller still needs the row
+            else:
+                self.superseded.add(op.object_id)
+        if changing:
+            await self._isolating(
+                changing,
+                lambda part: session.run_each(self._words.restate, [(op.state, op.stamp, op.object_id) for op in part]),
+            )
+            told += [op.object_id for op in changing if op.object_id not in self.refused]
+        if told:
+            ids = padded(told)
+            for row in await session.rows(self._words.fetch[len(ids)], ids):
+                if isinstance(item := item_of(row), SyncItem):
+                    self.restated[item.object_id] = item
+
+    async def _by_ids(self, texts: dict[int, str], ids: Sequence[str]) -> int:
+        if not ids:
+            return 0
+        values: list[Value] = [*padded(ids)]
+        return await self._session.run(texts[len(values)], values)
+
+    async def _isolating(self, ops: Sequence[Op], run: Callable[[Sequence[Op]], Awaitable[int]]) -> int:
+        """Run a statement about some operations; halve it on refusal until what is refused stands alone (Q9, I7).
+
+        Answers how many rows changed.
+        """
+        try:
+            return await run(ops)
+        except RowRefused as refusal:
+            if not self._session.in_transaction:  # a trigger may roll everything back; then nothing is written
+                raise StoreError(refusal.tier, f"{refusal.reason} (the whole batch was rolled back)") from refusal
+            if len(ops) == 1:
+                self.refused[ops[0].object_id] = StoreError(refusal.tier, refusal.reason)
+                return 0
+        # Half of a power of two is one again, as the texts need it.
+        middle = 1 << (len(ops) - 1).bit_length() - 1
+        return await self._isolating(ops[:middle], run) + await self._isolating(ops[middle:], run)
+
+
+def _newest_per_id(ops: Iterable[Op]) -> list[Op]:
+    """One operation per id in id order; the port promises no more than one, and two would be applied in any order."""
+    newest: dict[str, Op] = {}
+    for op in ops:
+        held = newest.get(op.object_id)
+        if held is None or op.stamp >= held.stamp or not op.stamp:
+            newest[op.object_id] = op
+    return [newest[id_] for id_ in sorted(newest)]
+
+
+def _chunks(ops: Sequence[Op]) -> Iterator[Sequence[Op]]:
+    """Runs of at most ``ROWS_MAX`` operations and about ``CHUNK_BYTES_MAX`` bytes."""
+    start = size = 0
+    for end, op in enumerate(ops):
+        if end > start and (end - start == ROWS_MAX or size + op.size > CHUNK_BYTES_MAX):
+            yield ops[start:end]
+            start, size = end, 0
+        size += op.size
+    if start < len(ops):
+        yield ops[start:]
+
+
+def _statements(ops: Sequence[Op]) -> Iterator[Sequence[Op]]:
+    """The same runs cut into powers of two up to ``ROWS_MAX``: for other sizes there is no text."""
+    start = 0
+    while start < len(ops):
+        size = 1 << min(ROWS_MAX, len(ops) - start).bit_length() - 1
+        yield ops[start : start + size]
+        start += size
+
+
+def _is_newer(held: _Held | None, op: Op) -> bool:
+    if held is None or not op.stamp or op.item is None:
+        return False
+    return held.stamp > op.stamp or (held.stamp == op.stamp and held.payload_hash > op.item.content_hash)

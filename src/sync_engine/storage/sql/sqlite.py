@@ -1,0 +1,229 @@
+"""SQLite itself: the file, the settings of every connection, one statement at a time, and what its errors mean.
+
+A session is one connection and its thread. A statement costs one hop to that thread and back, so statements go
+to the driver's connection directly; SQLAlchemy makes the connections, and the tables.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import sqlite3
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Final, cast
+
+import aiosqlite
+from sqlalchemy import event
+from sqlalchemy.engine import URL
+from sqlalchemy.engine.interfaces import DBAPIConnection
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+from sqlalchemy.pool import ConnectionPoolEntry, NullPool
+
+from sync_engine.errors import ConfigError, StoreError, SyncEngineError, TierUnavailable
+from sync_engine.storage.sql.rows import Row, Value
+from sync_engine.storage.sql.sqlite_words import BEGIN, COMMIT, ROLLBACK
+
+__all__ = ["RowRefused", "Session", "file_of", "make_engine", "make_file"]
+
+SUPPORTED: Final = "sqlite:///relative/path or sqlite:////absolute/path"
+
+SETTINGS: Final[tuple[tuple[str, str | int], ...]] = (
+    ("journal_mode", "wal"),  # readers never wait for the writer
+    ("synchronous", 2),  # FULL: the log forgets what was committed here, so it must survive a power loss
+    ("foreign_keys", 1),
+    ("cache_size", -16_384),  # KiB per connection; ids arrive in random order and touch pages all over the index
+    ("wal_autocheckpoint", 4_000),  # pages (16 MiB): fewer rewrites of the same page than at the default 1,000
+    ("journal_size_limit", 67_108_864),  # bytes that a log swollen by a long read may keep afterwards
+)
+
+
+class RowRefused(StoreError):
+    """The database refused a row of the statement, for what is in it; other rows may be fine."""
+
+
+class Session:
+    """One connection. Statements run in call order; a caller that goes away does not stop its statement."""
+
+    def __init__(self, connection: AsyncConnection, driver: aiosqlite.Connection) -> None:
+        self._connection = connection
+        self._driver = driver
+        self.running = 0
+
+    @classmethod
+    async def open(cls, engine: AsyncEngine) -> Session:
+        """A new connection with its settings made."""
+        try:
+            connection = await engine.connect()
+            raw = await connection.get_raw_connection()
+        except (DBAPIError, *DRIVER_ERRORS) as error:
+            raise meaning(error) from error
+        driver = raw.driver_connection
+        if not isinstance(driver, aiosqlite.Connection):
+            raise ConfigError(f"SQLite is reached through aiosqlite, not through {type(driver).__name__}")
+        return cls(connection, driver)
+
+    async def rows(self, sql: str, values: Sequence[Value] = ()) -> list[Row]:
+        """Run one statement; all its rows."""
+        self.running += 1
+        try:
+            return cast(list[Row], await self._driver.execute_fetchall(sql, values))
+        except DRIVER_ERRORS as error:
+            raise meaning(error) from error
+        finally:
+            self.running -= 1
+
+    async def run(self, sql: str, values: Sequence[Value] = ()) -> int:
+        """Run one statement that changes rows; how many it changed."""
+        try:
+            return (await self._driver.execute(sql, values)).rowcount
+        except DRIVER_ERRORS as error:
+            raise meaning(error) from error
+
+    async def run_each(self, sql: str, rows: Iterable[Sequence[Value]]) -> int:
+        """Run one statement per row of values; how many rows they changed together."""
+        try:
+            return (await self._driver.executemany(sql, rows)).rowcount
+        except DRIVER_ERRORS as error:
+            raise meaning(error) from error
+
+    @property
+    def in_transaction(self) -> bool:
+        """Whether a transaction is open; SQLite ends one by itself when a trigger or a full disk says so."""
+        return self._driver.in_transaction
+
+    async def begin(self) -> None:
+        """Open a transaction that may write, waiting for other writers as long as the settings allow."""
+        await self.run(BEGIN)
+
+    async def commit(self) -> None:
+        """Make the transaction durable."""
+        await self.run(COMMIT)
+
+    async def rollback(self) -> None:
+        """Undo the transaction; its own end is no error."""
+        try:
+            await self.run(ROLLBACK)
+        except SyncEngineError:
+            if self.in_transaction:
+                raise
+
+    async def close(self) -> None:
+        """Close the connection after what it is doing."""
+        try:
+            await self._connection.close()
+        except (DBAPIError, *DRIVER_ERRORS) as error:
+            raise meaning(error) from error
+
+
+def file_of(url: str) -> Path:
+    """The file that a URL names. Raises ``ConfigError``, which never quotes the URL: it may hold a password."""
+    # Not by SQLAlchemy, whose versions differ in whether they decode %xx in a path. Here a path is what it says.
+    parsed = re.fullmatch(r"([A-Za-z][\w+.-]*)://(.*)", url, re.DOTALL)
+    if parsed is None:
+        raise ConfigError(f"sql_url: not a URL; give {SUPPORTED}")
+    scheme, rest = parsed.groups()
+    if scheme not in ("sqlite", "sqlite+aiosqlite"):
+        raise ConfigError(f"sql_url: {scheme[:32]} is not supported; give {SUPPORTED}")
+    if not rest.startswith("/") or "?" in rest:
+        raise ConfigError(f"sql_url: SQLite takes a path and nothing else; give {SUPPORTED}")
+    path = rest[1:]
+    if path in ("", ":memory:") or path.startswith("file:") or "\0" in path:
+        raise ConfigError(f"sql_url: the truth needs a file that outlives the process; give {SUPPORTED}")
+    return Path(path).absolute()
+
+
+def make_file(path: Path) -> None:
+    """Make the folder (mode 0700) and the file (0600) where they are missing; what exists keeps its mode.
+
+    Raises ``StoreError`` naming the path and what stands in the way.
+    """
+    try:
+        missing = [folder for folder in path.parents if not folder.exists()]
+        for folder in reversed(missing):
+            folder.mkdir(mode=0o700, exist_ok=True)
+        # SQLite gives its -wal and -shm files the mode of the database.
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+        with path.open("rb") as file:
+            head = file.read(16)
+    except OSError as error:
+        raise StoreError("l3", f"cannot open {path}: {error.strerror or error}") from error
+    if head and head != b"SQLite format 3\0":
+        raise StoreError("l3", f"{path} is not an SQLite database")
+
+
+def make_engine(path: Path, timeout_ms: int) -> AsyncEngine:
+    """Connections to the file, each with the settings made and read back."""
+    # aiosqlite writes bound values, which are the users' data, to its log at DEBUG.
+    driver_log = logging.getLogger("aiosqlite")
+    if driver_log.level == logging.NOTSET:
+        driver_log.setLevel(logging.INFO)
+    engine = create_async_engine(
+        URL.create("sqlite+aiosqlite", database=str(path)),
+        poolclass=NullPool,  # the store keeps its few connections itself
+        connect_args={"isolation_level": None, "timeout": timeout_ms / 1000},
+        hide_parameters=True,
+    )
+
+    @event.listens_for(engine.sync_engine, "connect")
+    def settle(connection: DBAPIConnection, _record: ConnectionPoolEntry) -> None:
+        connection.run_async(lambda driver: _settle(driver, timeout_ms))
+
+    return engine
+
+
+async def _settle(driver: aiosqlite.Connection, timeout_ms: int) -> None:
+    """Make the settings of one connection and read each back. SQLite ignores what it does not know."""
+    try:
+        for name, value in (("busy_timeout", timeout_ms), *SETTINGS):
+            # PRAGMA takes no bound values; these are constants of this file and a checked number.
+            await driver.execute_fetchall(f"PRAGMA {name} = {value}")
+            held = [row[0] for row in await driver.execute_fetchall(f"PRAGMA {name}")]
+            if held != [value]:
+                raise StoreError("l3", f"SQLite keeps {name} at {held} where {value!r} is needed")
+        ((encoding,),) = await driver.execute_fetchall("PRAGMA encoding")
+        if encoding != "UTF-8":
+            raise StoreError("l3", f"the file stores text as {encoding}; ids are ordered as UTF-8")
+    except BaseException:
+        await driver.close()  # the pool has not taken it yet and would leave its thread running
+        raise
+
+
+DRIVER_ERRORS: Final = (sqlite3.Error, sqlite3.Warning, OverflowError, UnicodeError, ValueError)
+
+_PASSING: Final = {
+    sqlite3.SQLITE_BUSY: "the database is locked by another writer",
+    sqlite3.SQLITE_LOCKED: "the database is locked",
+    sqlite3.SQLITE_FULL: "the disk is full",
+    sqlite3.SQLITE_IOERR: "the disk answers with an error",
+    sqlite3.SQLITE_CANTOPEN: "the file cannot be opened",
+    sqlite3.SQLITE_PROTOCOL: "the locks of the file are held by others",
+    sqlite3.SQLITE_NOMEM: "memory is exhausted",
+    sqlite3.SQLITE_INTERRUPT: "the statement was interrupted",
+    sqlite3.SQLITE_READONLY: "the file is read-only",
+}
+"""Troubles of the moment or of the machine: nothing is known of the items, and asking later can help."""
+
+
+def meaning(error: BaseException) -> SyncEngineError:
+    """What a driver's error means, decided in this one place."""
+    if isinstance(error, DBAPIError) and error.orig is not None:
+        error = error.orig
+    if isinstance(error, SyncEngineError):
+        return error
+    code: Any = getattr(error, "sqlite_errorcode", None)
+    if isinstance(code, int) and code & 0xFF in _PASSING:
+        return TierUnavailable("l3", f"{_PASSING[code & 0xFF]} ({getattr(error, 'sqlite_errorname', code)})")
+    if isinstance(error, UnicodeError):
+        return RowRefused("l3", "a text is not valid Unicode")
+    if isinstance(error, ValueError) and str(error) in ("Connection closed", "no active connection"):
+        return TierUnavailable("l3", "the store is closed")
+    if isinstance(
+        error, sqlite3.IntegrityError | sqlite3.DataError | sqlite3.ProgrammingError | sqlite3.InterfaceError
+    ):
+        return RowRefused("l3", str(error))
+    if isinstance(error, OverflowError | ValueError):
+        return RowRefused("l3", str(error))
+    return StoreError("l3", str(error))

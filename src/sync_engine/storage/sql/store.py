@@ -1,0 +1,281 @@
+"""What L3 does, whatever the database: the verbs, the one writer, the few readers, and who owns a transaction."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
+from pathlib import Path
+from typing import Any, Final, TypeVar
+from uuid import uuid4
+
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from sync_engine.clock import SystemClock
+from sync_engine.errors import ConfigError, TierUnavailable
+from sync_engine.item import Op, SyncItem, check_id, check_state
+from sync_engine.ports import Applied, BatchWriteResult, Clock, Fetched
+from sync_engine.storage.sql import tables
+from sync_engine.storage.sql.apply import apply_ops
+from sync_engine.storage.sql.migrate import prepare
+from sync_engine.storage.sql.pages import check_limit, check_text, paged, range_of, sound
+from sync_engine.storage.sql.rows import Row, Value, item_of
+from sync_engine.storage.sql.sqlite import Session, file_of, make_engine, make_file
+from sync_engine.storage.sql.sqlite_words import IDS_MAX, READ_META, padded, words_of
+
+__all__ = ["SqlStore"]
+
+_T = TypeVar("_T")
+
+READERS: Final = 2
+"""Connections for reading: one may be busy with a long scan while the other answers single gets."""
+
+
+class SqlStore:
+    """Items in a SQL database. Made by ``SqlStore.connect``.
+
+    Every method raises ``TierUnavailable`` where the database cannot be asked (locked, full, gone), ``StoreError``
+    where it refuses the call, and ``InvalidItem`` for an argument that breaks a rule, before anything is asked.
+    Reads never wait for writers. A transaction runs in a task of the store: cancelling the caller leaves it to
+    finish, never open.
+    """
+
+    name = "l3"
+
+    def __init__(self, path: Path, engine: AsyncEngine, sessions: Sequence[Session], clock: Clock) -> None:
+        self._path = path
+        self._engine = engine
+        self._writer, *self._readers = sessions
+        self._clock = clock
+        self._words = words_of(tables.items)
+        self._writing = asyncio.Lock()
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._closing: asyncio.Task[None] | None = None
+
+    @classmethod
+    async def connect(cls, url: str, *, timeout_ms: int = 5000, clock: Clock | None = None) -> SqlStore:
+        """Open (or make) the database that the URL names, ``sqlite:///path``, and its tables.
+
+        ``timeout_ms`` is how long a write waits for the lock of another process. Raises ``ConfigError`` for a
+        URL that is not supported, ``StoreError`` for a file that is not ours to use, ``TierUnavailable`` for
+        one that is locked.
+        """
+        if type(timeout_ms) is not int or not 1 <= timeout_ms <= 600_000:
+            raise ConfigError(f"timeout_ms = {timeout_ms!r}: must be an integer from 1 to 600000")
+        path = file_of(url)
+        await asyncio.to_thread(make_file, path)
+        engine = make_engine(path, timeout_ms)
+        sessions: list[Session] = []
+        try:
+            for _ in range(1 + READERS):
+                sessions.append(await Session.open(engine))
+            await prepare(sessions[0])
+        except BaseException:
+            for session in sessions:
+                await session.close()
+            await engine.dispose()
+            raise
+        return cls(path, engine, sessions, clock or SystemClock())
+
+    # The port: many ids first, facts back.
+
+    async def fetch(self, ids: Sequence[str], /) -> Fetched:
+        """Everything held of these ids, each content checked against its SHA-256."""
+        fetched = Fetched()
+        for row in await self._by_ids(self._words.fetch, ids):
+            item = item_of(row)
+            if isinstance(item, SyncItem):
+                fetched.items[item.object_id] = item
+            else:
+                fetched.corrupt[item.object_id] = item
+        return fetched
+
+    async def exists_batch(self, ids: Sequence[str], /) -> list[bool]:
+        """Whether each id is held, in input order."""
+        held = {id_ for (id_,) in await self._by_ids(self._words.existing, ids)}
+        return [id_ in held for id_ in ids]
+
+    async def apply(self, ops: Sequence[Op], /) -> Applied:
+        """Apply at most one operation per id, all in one transaction that is durable when this returns.
+
+        Per item: an older stamp than the table's is superseded, a row that the database refuses or a version
+        that differs from ``if_version`` is refused, and the rest goes through. If this raises, the outcome is
+        unknown; applying the batch again is safe.
+        """
+        if not ops:
+            return Applied()
+        now_ms = self._clock.now_ms()
+        return await self._owned(lambda: self._transaction(ops, now_ms))
+
+    async def list_state_ids(self, state: str, limit: int = 1000, *, after: str | None = None) -> list[str]:
+        """Ids in the state, ascending, those greater than ``after``."""
+        values = (check_state(state), check_text("after", after or ""), check_limit(limit))
+        rows = await self._reader().rows(self._words.ids_in_state, values)
+        return [id_ for (id_,) in rows]
+
+    async def count_by_state(self, state: str, /) -> int:
+        """How many items are in the state."""
+        return await self._number(self._words.count_state, (check_state(state),))
+
+    async def get_by_state(self, state: str, limit: int = 1000, *, after: str | None = None) -> list[SyncItem]:
+        """Items in the state, ascending by id, those greater than ``after``. Raises ``Corruption``."""
+        return [item async for item in self._in_state(state, after, check_limit(limit))]
+
+    async def scan_prefix(self, prefix: str, limit: int = 1000, *, after: str | None = None) -> list[SyncItem]:
+        """Items whose id starts with the prefix, ascending by code point, those greater than ``after``.
+
+        The empty prefix means all items. Raises ``Corruption``.
+        """
+        return [item async for item in self._in_range(prefix, after, check_limit(limit))]
+
+    async def count_prefix(self, prefix: str, /) -> int:
+        """How many ids start with the prefix; the empty prefix counts all."""
+        shape, bounds = range_of(check_text("prefix", prefix), "")
+        return await self._number(self._words.count_range[shape], bounds)
+
+    async def newest_stamp(self) -> int:
+        """A stamp that no write this store has accepted exceeds; 0 when it never accepted one."""
+        return await self._number(READ_META, ("newest_stamp",))
+
+    async def close(self) -> None:
+        """Finish what runs, then close the connections. Safe to call twice."""
+        if self._closing is None:
+            self._closing = asyncio.get_running_loop().create_task(self._close())
+        await asyncio.shield(self._closing)
+
+    # The same in the words of RedisStore, for one item or for items without operations around them.
+
+    async def get(self, object_id: str) -> SyncItem | None:
+        """The item, or None where there is none. Raises ``Corruption`` where its content fails its SHA-256."""
+        check_id(object_id)
+        rows = await self._reader().rows(self._words.fetch[1], (object_id,))
+        return sound(item_of(rows[0])) if rows else None
+
+    async def get_many(self, ids: Sequence[str]) -> dict[str, SyncItem]:
+        """The items held of these ids. Raises ``Corruption``; ``fetch`` tells of bad ones beside the good."""
+        fetched = await self.fetch(ids)
+        for corruption in fetched.corrupt.values():
+            raise corruption
+        return fetched.items
+
+    async def put(self, item: SyncItem) -> None:
+        """Store one item, unless the table holds a newer stamp of it; stamp 0 always replaces."""
+        applied = await self.apply([_put(item)])
+        for refusal in applied.refused.values():
+            raise refusal
+
+    async def put_batch(self, items: Iterable[SyncItem]) -> BatchWriteResult:
+        """Store items in one transaction; of several with one id the last counts. ``failed`` maps id to reason."""
+        batch_id = str(uuid4())
+        ops = {item.object_id: _put(item.replace(batch_id=batch_id)) for item in items}
+        applied = await self.apply(list(ops.values()))
+        return BatchWriteResult(
+            batch_id=batch_id,
+            written=len(ops) - len(applied.superseded) - len(applied.refused),
+            verified=not applied.refused,
+            failed={id_: str(refusal) for id_, refusal in applied.refused.items()},
+            superseded=applied.superseded,
+        )
+
+    async def delete(self, object_id: str) -> bool:
+        """Remove an item whatever its stamp; whether there was one."""
+        return await self.delete_many([object_id]) == 1
+
+    async def delete_many(self, ids: Sequence[str]) -> int:
+        """Remove items whatever their stamps, in one transaction; how many there were."""
+        ops = [Op(kind="delete", object_id=check_id(id_), stamp=0) for id_ in dict.fromkeys(ids)]
+        applied = await self.apply(ops)
+        for refusal in applied.refused.values():
+            raise refusal
+        return len(applied.existed)
+
+    async def exists(self, object_id: str) -> bool:
+        """Whether the id is held."""
+        return (await self.exists_batch([object_id]))[0]
+
+    async def count(self) -> int:
+        """How many items there are."""
+        return await self._number(self._words.count, ())
+
+    async def iter_prefix(self, prefix: str) -> AsyncIterator[SyncItem]:
+        """All items whose id starts with the prefix, page by page; writes in between may or may not be seen."""
+        async for item in self._in_range(prefix, None, None):
+            yield item
+
+    async def iter_by_state(self, state: str) -> AsyncIterator[SyncItem]:
+        """All items in the state, page by page; writes in between may or may not be seen."""
+        async for item in self._in_state(state, None, None):
+            yield item
+
+    def __repr__(self) -> str:
+        condition = "open" if self._closing is None else "closed"
+        return f"<SqlStore sqlite {self._path.name!r} {condition} | {len(self._tasks)} writes running>"
+
+    # How.
+
+    def _reader(self) -> Session:
+        if self._closing is not None:
+            raise TierUnavailable(self.name, "the store is closed")
+        return min(self._readers, key=_running)
+
+    async def _number(self, sql: str, values: Sequence[Value]) -> int:
+        ((number,),) = await self._reader().rows(sql, values)
+        return int(number)
+
+    async def _by_ids(self, texts: dict[int, str], ids: Sequence[str]) -> list[Row]:
+        wanted = [check_id(id_) for id_ in dict.fromkeys(ids)]
+        rows: list[Row] = []
+        for start in range(0, len(wanted), IDS_MAX):
+            chunk = padded(wanted[start : start + IDS_MAX])
+            rows += await self._reader().rows(texts[len(chunk)], chunk)
+        return rows
+
+    def _in_range(self, prefix: str, after: str | None, limit: int | None) -> AsyncIterator[SyncItem]:
+        check_text("prefix", prefix)
+
+        async def page(after: str, size: int) -> list[Row]:
+            shape, bounds = range_of(prefix, after)
+            return await self._reader().rows(self._words.range[shape], (*bounds, size))
+
+        return paged(page, check_text("after", after or ""), limit)
+
+    def _in_state(self, state: str, after: str | None, limit: int | None) -> AsyncIterator[SyncItem]:
+        check_state(state)
+
+        async def page(after: str, size: int) -> list[Row]:
+            return await self._reader().rows(self._words.in_state, (state, after, size))
+
+        return paged(page, check_text("after", after or ""), limit)
+
+    async def _transaction(self, ops: Sequence[Op], now_ms: int) -> Applied:
+        async with self._writing:
+            try:
+                await self._writer.begin()
+                applied = await apply_ops(self._writer, self._words, ops, now_ms)
+                await self._writer.commit()
+            except BaseException:
+                await self._writer.rollback()
+                raise
+            return applied
+
+    async def _owned(self, work: Callable[[], Coroutine[Any, Any, _T]]) -> _T:
+        """Run to the end whatever becomes of the caller: half a transaction would hold the lock for ever."""
+        if self._closing is not None:
+            raise TierUnavailable(self.name, "the store is closed")
+        task = asyncio.get_running_loop().create_task(work())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return await asyncio.shield(task)
+
+    async def _close(self) -> None:
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for session in (self._writer, *self._readers):
+            await session.close()
+        await self._engine.dispose()
+
+
+def _put(item: SyncItem) -> Op:
+    return Op(kind="put", object_id=item.object_id, stamp=item.stamp, item=item)
+
+
+def _running(session: Session) -> int:
+    return session.running

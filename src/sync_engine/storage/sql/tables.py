@@ -1,0 +1,69 @@
+"""The one definition of every table, for all databases. Columns and names are those of docs/formats.md 3.1.
+
+The first eleven columns of an item table are the original engine's, in its order; ``stamp`` is ours, at the
+end and nullable, so that both can use one table.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from sqlalchemy import BigInteger, Column, Index, Integer, LargeBinary, MetaData, String, Table, Text, text
+
+__all__ = ["ADOPTABLE", "SCHEMA_VERSION", "item_table", "items", "meta", "metadata", "tombstones"]
+
+SCHEMA_VERSION: Final = 1
+"""Raised when a table changes so that older code would misread it."""
+
+ADOPTABLE: Final = frozenset({"merkle_dirty", "state", "access_count", "last_accessed", "stamp"})
+"""Columns that tables of older writers lack and that can be added: all are nullable or have a default."""
+
+_Int64 = BigInteger().with_variant(Integer(), "sqlite")
+_Id = String(255).with_variant(Text(), "sqlite")
+
+metadata = MetaData()
+
+
+def item_table(name: str) -> Table:
+    """The table of items called ``name``; times are epoch milliseconds."""
+    prefix = "idx_" if name == "sync_items" else f"idx_{name}_"  # SQLite's index names share one name space
+    return Table(
+        name,
+        metadata,
+        Column("id", _Id, primary_key=True),
+        Column("version", _Int64, nullable=False, server_default=text("1")),
+        Column("timestamp", _Int64, nullable=False),
+        Column("payload_hash", String(64).with_variant(Text(), "sqlite")),
+        Column("payload", Text),
+        Column("payload_blob", LargeBinary),
+        Column("audit", Text),
+        Column("merkle_dirty", Integer, nullable=False, server_default=text("1")),
+        Column("state", String(32).with_variant(Text(), "sqlite"), nullable=False, server_default=text("'default'")),
+        Column("access_count", _Int64, nullable=False, server_default=text("0")),
+        Column("last_accessed", _Int64, nullable=False, server_default=text("0")),
+        Column("stamp", _Int64),
+        Index(f"{prefix}timestamp", "timestamp"),
+        Index(f"{prefix}merkle_dirty", "merkle_dirty"),
+        Index(f"{prefix}state", "state", "id"),  # with the id: pages of a state are read in order, by key
+    )
+
+
+items = item_table("sync_items")
+
+tombstones = Table(
+    "sync_tombstones",
+    metadata,
+    Column("id", _Id, primary_key=True),
+    Column("stamp", _Int64, nullable=False),
+    Column("deleted_at_ms", _Int64, nullable=False),
+    Index("idx_tombstones_deleted_at", "deleted_at_ms"),
+)
+"""Ids deleted by a stamped operation, so that an older put that arrives late stays out."""
+
+meta = Table(
+    "sync_meta",
+    metadata,
+    Column("name", _Id, primary_key=True),
+    Column("value", _Int64, nullable=False),
+)
+"""Two numbers: ``schema_version``, and ``newest_stamp``, which no accepted write exceeds."""

@@ -1,0 +1,255 @@
+"""SqlStore when things go wrong: locks, a full disk, refused rows, cancelled callers, killed processes."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sqlite3
+import sys
+import threading
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from sync_engine.errors import StoreError, TierUnavailable
+from sync_engine.item import Op, SyncItem
+from sync_engine.storage.sql import SqlStore
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "truth.db"
+
+
+@pytest.fixture
+async def store(path: Path) -> AsyncIterator[SqlStore]:
+    store = await SqlStore.connect(f"sqlite:///{path}", timeout_ms=50)
+    yield store
+    await store.close()
+
+
+def put(id_: str, stamp: int, content: bytes = b"x") -> Op:
+    return Op(kind="put", object_id=id_, stamp=stamp, item=SyncItem(id_, content, stamp=stamp))
+
+
+@contextmanager
+def another_writer(path: Path) -> Iterator[sqlite3.Connection]:
+    """Another program in the middle of a write; fails at once if a transaction is open anywhere."""
+    connection = sqlite3.connect(path, isolation_level=None, timeout=0)
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        yield connection
+    finally:
+        connection.execute("ROLLBACK")
+        connection.close()
+
+
+def trigger(path: Path, event: str, action: str) -> None:
+    row = "old" if event == "DELETE" else "new"
+    connection = sqlite3.connect(path)
+    connection.execute(
+        f"CREATE TRIGGER no_{event} BEFORE {event} ON sync_items WHEN {row}.id LIKE 'bad%' "
+        f"BEGIN SELECT RAISE({action}, 'not here'); END"
+    )
+    connection.close()
+
+
+async def test_while_another_writes_reads_go_on_and_writes_are_unavailable(store: SqlStore, path: Path) -> None:
+    await store.apply([put("a", 1)])
+    with another_writer(path) as other:
+        other.execute("DELETE FROM sync_items")
+        with pytest.raises(TierUnavailable, match="locked") as unavailable:
+            await store.apply([put("a", 2, b"y")])
+        assert unavailable.value.tier == "l3"
+        assert unavailable.value.retryable
+        assert await store.exists("a")
+        assert await store.count() == 1
+    await store.apply([put("a", 2, b"y")])
+    assert (await store.get_many(["a"]))["a"].content == b"y"
+
+
+async def test_connecting_needs_no_lock_where_the_tables_are_there(store: SqlStore, path: Path) -> None:
+    with another_writer(path):
+        second = await SqlStore.connect(f"sqlite:///{path}", timeout_ms=50)
+        assert await second.count() == 0
+        await second.close()
+
+
+async def test_a_new_file_that_another_holds_is_unavailable_and_leaks_no_thread(path: Path) -> None:
+    sqlite3.connect(path).execute("PRAGMA journal_mode = wal").connection.close()
+    await asyncio.to_thread(int)  # starts the thread of the loop's own executor
+    before = set(threading.enumerate())
+    with another_writer(path), pytest.raises(TierUnavailable, match="locked"):
+        await SqlStore.connect(f"sqlite:///{path}", timeout_ms=50)
+    for thread in set(threading.enumerate()) - before:
+        thread.join(10)
+    assert set(threading.enumerate()) <= before
+
+
+async def test_Q9_I7_refused_rows_stand_alone_and_the_rest_goes_through(store: SqlStore, path: Path) -> None:
+    trigger(path, "INSERT", "ABORT")
+    ops = [put(f"good{number:03}", 1) for number in range(700)] + [put(f"bad{number}", 1) for number in (1, 2, 3)]
+    applied = await store.apply(ops)
+    assert set(applied.refused) == {"bad1", "bad2", "bad3"}
+    for refusal in applied.refused.values():
+        assert isinstance(refusal, StoreError)
+        assert "not here" in str(refusal)
+    assert applied.superseded == frozenset()
+    assert await store.count() == 700
+    result = await store.put_batch([SyncItem("bad1", b"x"), SyncItem("good", b"x")])
+    assert (result.written, result.verified, set(result.failed)) == (1, False, {"bad1"})
+    with pytest.raises(StoreError, match="not here"):
+        await store.put(SyncItem("bad1", b"x"))
+
+
+async def test_I7_a_refused_row_beside_a_superseded_one_is_not_mistaken_for_it(store: SqlStore, path: Path) -> None:
+    await store.apply([put("newer", 9)])
+    trigger(path, "INSERT", "ABORT")
+    applied = await store.apply([put("bad", 5), put("newer", 5), put("other", 5)])
+    assert set(applied.refused) == {"bad"}
+    assert applied.superseded == {"newer"}
+    assert await store.exists("other")
+
+
+async def test_I7_refused_deletes_and_restates_stand_alone(store: SqlStore, path: Path) -> None:
+    await store.apply([put(id_, 1) for id_ in ("a", "bad", "c")])
+    trigger(path, "DELETE", "ABORT")
+    trigger(path, "UPDATE", "ABORT")
+    applied = await store.apply([Op(kind="restate", object_id=id_, stamp=2, state="s") for id_ in ("a", "bad", "c")])
+    assert set(applied.refused) == {"bad"}
+    assert set(applied.restated) == {"a", "c"}
+    applied = await store.apply([Op(kind="delete", object_id=id_, stamp=3) for id_ in ("a", "bad", "c")])
+    assert set(applied.refused) == {"bad"}
+    assert applied.existed == {"a", "c"}
+    assert await store.exists("bad")
+
+
+async def test_Q10_a_batch_that_fails_midway_leaves_nothing_behind(store: SqlStore, path: Path) -> None:
+    """The original wrote the first chunks and sent all of them to the log again."""
+    trigger(path, "INSERT", "ROLLBACK")
+    with pytest.raises(StoreError, match="rolled back"):
+        await store.apply([put(f"a{number:04}", 1) for number in range(1000)] + [put("bad", 1)])
+    assert await store.count() == 0
+    assert await store.newest_stamp() == 0
+    await store.apply([put("a", 1)])
+    assert await store.count() == 1
+
+
+async def test_Q10_a_full_disk_is_unavailable_leaves_nothing_behind_and_passes(store: SqlStore) -> None:
+    await store._writer.rows("PRAGMA max_page_count = 40")
+    ops = [put(f"a{number}", 1, bytes(20_000)) for number in range(100)]
+    with pytest.raises(TierUnavailable, match="disk is full"):
+        await store.apply(ops)
+    assert await store.count() == 0
+    await store._writer.rows("PRAGMA max_page_count = 100000")
+    await store.apply(ops)
+    assert await store.count() == 100
+
+
+async def test_a_cancelled_caller_leaves_no_open_transaction(store: SqlStore, path: Path) -> None:
+    for steps in range(60):
+        ops = [put(f"a{number}", steps + 1, b"%d" % steps) for number in range(300)]
+        task = asyncio.create_task(store.apply(ops))
+        for _ in range(steps):
+            await asyncio.sleep(0 if steps % 2 else 0.0001)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        await store.apply([put("next", steps + 1)])  # waits for what the cancelled caller left running
+        with another_writer(path):
+            contents = {item.content for item in await store.scan_prefix("a")}
+            assert len(contents) <= 1, "half a batch is visible"
+
+
+async def test_cancelled_reads_never_give_another_call_their_answer(store: SqlStore) -> None:
+    ids = [f"a{number}" for number in range(50)]
+    await store.apply([put(id_, 1, id_.encode()) for id_ in ids])
+    for number in range(300):
+        task = asyncio.create_task(store.get(ids[number % 50]))
+        for _ in range(number % 4):
+            await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        item = await store.get(ids[(number + 7) % 50])
+        assert item is not None
+        assert item.content.decode() == ids[(number + 7) % 50]
+    assert all(session.running == 0 for session in store._readers)
+
+
+async def test_close_finishes_what_runs_and_later_calls_say_why(store: SqlStore, path: Path) -> None:
+    writes = [asyncio.create_task(store.apply([put(f"a{number}", 1)])) for number in range(20)]
+    await asyncio.sleep(0)
+    await asyncio.gather(store.close(), store.close())
+    await asyncio.gather(*writes)
+    for call in (store.get("a"), store.apply([put("a", 1)]), store.count(), store.newest_stamp()):
+        with pytest.raises(TierUnavailable, match="closed"):
+            await call
+    second = await SqlStore.connect(f"sqlite:///{path}")
+    assert await second.count() == 20
+    await second.close()
+
+
+# Processes. Each child says what it did on its standard output.
+
+WRITER = """
+import asyncio, sys
+from sync_engine.item import Op, SyncItem
+from sync_engine.storage.sql import SqlStore
+
+async def main(url, me, rounds):
+    store = await SqlStore.connect(url)
+    for round in range(rounds):
+        stamp = round * 10 + me
+        item = lambda id: SyncItem(id, f"{stamp}".encode(), stamp=stamp)
+        await store.apply([Op(kind="put", object_id=f"a{n}", stamp=stamp, item=item(f"a{n}")) for n in range(50)])
+        print(stamp, flush=True)
+    if "leave" not in sys.argv:
+        await store.close()
+
+asyncio.run(main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3])))
+"""
+
+
+async def child(*arguments: object) -> asyncio.subprocess.Process:
+    return await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-c",
+        WRITER,
+        *map(str, arguments),
+        stdout=asyncio.subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+
+
+async def test_I1_processes_that_write_the_same_ids_end_with_the_newest(store: SqlStore, path: Path) -> None:
+    children = [await child(f"sqlite:///{path}", me, 20) for me in (1, 2)]
+    assert [await process.wait() for process in children] == [0, 0]
+    assert {(item.content, item.stamp) for item in await store.scan_prefix("a")} == {(b"192", 192)}
+    assert await store.newest_stamp() == 192
+
+
+async def test_a_store_that_nobody_closed_does_not_hold_up_the_end_of_the_process(path: Path) -> None:
+    process = await child(f"sqlite:///{path}", 1, 1, "leave")
+    assert await asyncio.wait_for(process.wait(), 30) == 0
+
+
+async def test_I3_what_was_applied_survives_kill_9_and_batches_are_whole(path: Path) -> None:
+    for _ in range(5):
+        process = await child(f"sqlite:///{path}", 1, 100_000)
+        assert process.stdout is not None
+        told = [await process.stdout.readline() for _ in range(25)]
+        process.send_signal(signal.SIGKILL)
+        told += (await process.stdout.read()).splitlines(keepends=True)
+        await process.wait()
+        applied = max(int(line) for line in told if line.endswith(b"\n"))
+        store = await SqlStore.connect(f"sqlite:///{path}")
+        items = await store.scan_prefix("a")
+        assert len(items) == 50
+        assert len({item.content for item in items}) == 1, "half a batch is visible"
+        assert items[0].stamp >= applied
+        assert await store.newest_stamp() == items[0].stamp
+        await store.delete_many([item.object_id for item in items])
+        await store._writer.rows("UPDATE sync_meta SET value = 0 WHERE name = 'newest_stamp'")
+        await store.close()
