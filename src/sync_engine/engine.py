@@ -1,0 +1,248 @@
+"""The join: builds the parts, owns their tasks, and offers the public verbs.
+
+    submit ─► admit ─► log ─► L1 and pending index ─► lanes ─┬─► L3 SQL    (truth, stamp-guarded upsert)
+              size,    fsync                          batch  ├─► L2 Redis  (one atomic script per chunk)
+              room     shared                                └─► settle the log records
+
+    get ─► L1 ─► pending ─► L2 ─► L3     one flight per id, lifted upward, verified by SHA-256
+
+What each arrow does is in the part that owns it: ``pressure`` and ``log`` admit and keep a write,
+``write`` carries it to the tiers, ``read`` finds it again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from functools import partial
+from types import TracebackType
+
+from sync_engine.admission import Admission
+from sync_engine.clock import SystemClock
+from sync_engine.config import SyncEngineConfig
+from sync_engine.errors import NotRunning, TierUnavailable
+from sync_engine.item import Op, SyncItem, check_id, check_state
+from sync_engine.options import Ack, ItemStatus, Receipt, SubmitOptions
+from sync_engine.parts import EngineStats, Parts, StopReport, build
+from sync_engine.ports import Clock, Tier
+
+__all__ = ["EngineStats", "StopReport", "SyncEngine"]
+
+PAGE = 1_000
+"""Items per page of the iterators, and operations per append of the bulk writes."""
+
+
+class SyncEngine:
+    """Keeps items in memory, Redis and SQL, and keeps the three true to each other.
+
+    Use it as ``async with SyncEngine(config) as engine``, or call ``start`` and ``stop``. One engine
+    serves one event loop; any number of tasks may use it at once.
+
+    ``clock`` and ``around`` are for tests: time that moves when told to, and a wrapper put around each
+    tier (``sync_engine.testing.tiers`` has some that break, dawdle or count).
+    """
+
+    def __init__(
+        self,
+        config: SyncEngineConfig | None = None,
+        *,
+        clock: Clock | None = None,
+        around: Callable[[Tier], Tier] = lambda tier: tier,
+    ) -> None:
+        self.config = config if config is not None else SyncEngineConfig()
+        self._clock = clock if clock is not None else SystemClock()
+        self._around = around
+        self._admission = Admission(self.config, self._clock)
+        self._parts: Parts | None = None
+        self._running: Parts | None = None
+        self._why_not = "it has not been started"
+        self._turn = asyncio.Lock()  # start and stop, one at a time
+
+    # Lifecycle
+
+    async def start(self) -> None:
+        """Open the log, connect the tiers, take up what the log holds. Does nothing if running.
+
+        A tier that cannot be reached is a warning: the engine serves what it can and connects later.
+        Raises ``ConfigError`` for what waiting cannot mend (a bad URL, a log in use by another process).
+        """
+        async with self._turn:
+            if self._running is None:
+                self._parts = await build(self.config, self._clock, self._failed, self._around)
+                self._running = self._parts
+
+    async def stop(self, timeout: float = 30.0) -> StopReport:
+        """Refuse new work, flush, close. What no tier took within ``timeout`` seconds stays in the log.
+
+        The report says how many operations were left in the log, and how many that skip SQL (and are
+        therefore in no log) were lost. Does nothing if not running.
+        """
+        async with self._turn:
+            self._running, self._why_not = None, "it has been stopped"
+            parts, self._parts = self._parts, None
+            return await parts.close(timeout) if parts is not None else StopReport(0, 0)
+
+    async def __aenter__(self) -> SyncEngine:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.stop()
+
+    # Writing
+
+    async def submit(self, item: SyncItem, options: SubmitOptions | None = None, *, ack: Ack | None = None) -> Receipt:
+        """Write one item; returns once ``ack`` is reached (default: ``config.default_ack``).
+
+        From then on every read of this engine reflects it. Raises ``InvalidItem`` before anything is
+        written, ``Backpressure`` at a bound, ``TierUnavailable("log")`` if the log cannot be written;
+        with ``Ack.STORED`` also ``VersionConflict`` and what refused the item.
+        """
+        draft, ack = self._admission.put(item, options, ack)
+        return (await self._write([draft], ack))[0]
+
+    async def submit_many(
+        self, items: Iterable[SyncItem], options: SubmitOptions | None = None, *, ack: Ack | None = None
+    ) -> list[Receipt]:
+        """Write many items with the same options. All are checked before the first is written."""
+        drafts = [self._admission.put(item, options, ack) for item in items]
+        return await self._write([draft for draft, _ in drafts], drafts[0][1]) if drafts else []
+
+    async def delete(self, object_id: str, *, ack: Ack | None = None) -> bool:
+        """Delete one item from every tier; False if it did not exist.
+
+        Where a tier that could hold it cannot be asked, the delete is accepted and the answer is True.
+        """
+        return await self.delete_many([object_id], ack=ack) == 1
+
+    async def delete_many(self, ids: Iterable[str], *, ack: Ack | None = None) -> int:
+        """Delete items from every tier; returns how many there were."""
+        known = await self._on().reader.known(list(ids))
+        drafts = [self._admission.delete(object_id) for object_id, there in known.items() if there is not False]
+        await self._write(drafts, self._admission.ack(ack))
+        return len(drafts)
+
+    async def set_state(self, object_id: str, state: str, *, ack: Ack | None = None) -> bool:
+        """Move one item to another state, in every tier; False if it does not exist."""
+        check_state(state)
+        known = await self._on().reader.known([object_id])
+        if known[object_id] is False:
+            return False
+        await self._write([self._admission.restate(object_id, state)], self._admission.ack(ack))
+        return True
+
+    async def flush(self, timeout: float = 30.0) -> None:
+        """Wait until everything accepted before this call is in every tier, or quarantined.
+
+        Raises ``TierUnavailable`` naming the tier that did not take it within ``timeout`` seconds.
+        """
+        parts = self._on()
+        try:
+            async with asyncio.timeout(timeout):
+                await parts.writes.drained()
+        except TimeoutError:
+            lane = parts.slowest()
+            raise TierUnavailable(
+                lane.tier.name,
+                f"{len(lane.batcher)} operations not taken within {timeout:g} s: {lane.trouble or 'slow'}",
+            ) from None
+
+    # Reading
+
+    async def get(self, object_id: str, *, stale_ok: bool = False) -> SyncItem | None:
+        """One item, or None if it does not exist.
+
+        Raises ``TierUnavailable`` where a tier that could hold it cannot be asked (with ``stale_ok`` the
+        newest copy known is returned instead, None if there is none), ``Corruption`` where no tier
+        holds bytes that match their hash.
+        """
+        parts = self._running
+        if parts is not None and (item := parts.l1.get(object_id)) is not None:
+            return item
+        return await self._on().reader.get(object_id, stale_ok=stale_ok)
+
+    async def get_many(self, ids: Iterable[str]) -> dict[str, SyncItem]:
+        """The items that exist, by id; one round trip per tier. Raises as ``get`` does, for any of them."""
+        return await self._on().reader.get_many(list(ids))
+
+    def peek(self, object_id: str) -> SyncItem | None:
+        """The item if it is in process memory; no I/O, and no promise that it does not exist elsewhere."""
+        return self._on().l1.peek(check_id(object_id))
+
+    async def contains(self, object_id: str) -> bool:
+        """Whether the item exists. Raises ``TierUnavailable`` where that is unknown."""
+        known = (await self._on().reader.known([object_id]))[object_id]
+        if known is None:
+            raise TierUnavailable("l2 or l3", "a tier that could hold the item cannot be asked")
+        return known
+
+    async def status(self, object_id: str) -> ItemStatus:
+        """Where the item is, tier by tier."""
+        return await self._on().reader.status(object_id)
+
+    # States and prefixes: answered by the truth, once it has everything accepted before the call
+
+    async def get_by_state(self, state: str, limit: int = PAGE, *, after: str | None = None) -> list[SyncItem]:
+        """Items in the state, ascending by id, beginning after the id ``after``."""
+        return await (await self._on().current_truth()).get_by_state(check_state(state), limit, after=after)
+
+    async def iter_by_state(self, state: str) -> AsyncIterator[SyncItem]:
+        """Every item in the state, ascending by id, a page at a time."""
+        after: str | None = None
+        while page := await self.get_by_state(state, PAGE, after=after):
+            for item in page:
+                yield item
+            after = page[-1].object_id
+
+    async def list_state_ids(self, state: str, limit: int = PAGE, *, after: str | None = None) -> list[str]:
+        """Ids in the state, ascending. Without SQL, Redis answers."""
+        return await (await self._on().current_states()).list_state_ids(check_state(state), limit, after=after)
+
+    async def count_by_state(self, state: str) -> int:
+        """How many items are in the state. Without SQL, Redis answers."""
+        return await (await self._on().current_states()).count_by_state(check_state(state))
+
+    async def scan_prefix(self, prefix: str, limit: int = PAGE, *, after: str | None = None) -> list[SyncItem]:
+        """Items whose id begins with ``prefix`` (empty: all), ascending, beginning after the id ``after``."""
+        return await (await self._on().current_truth()).scan_prefix(prefix, limit, after=after)
+
+    async def iter_prefix(self, prefix: str) -> AsyncIterator[SyncItem]:
+        """Every item whose id begins with ``prefix``, ascending, a page at a time."""
+        after: str | None = None
+        while page := await self.scan_prefix(prefix, PAGE, after=after):
+            for item in page:
+                yield item
+            after = page[-1].object_id
+
+    async def count_prefix(self, prefix: str) -> int:
+        """How many ids begin with ``prefix``."""
+        return await (await self._on().current_truth()).count_prefix(prefix)
+
+    # Operation
+
+    def stats(self) -> EngineStats:
+        """Figures of this moment; no I/O."""
+        return self._on().stats()
+
+    def __repr__(self) -> str:
+        return f"<SyncEngine running | {self._running!r}>" if self._running else f"<SyncEngine: {self._why_not}>"
+
+    async def _write(self, drafts: Sequence[Op], ack: Ack) -> list[Receipt]:
+        receipts: list[Receipt] = []
+        size = min(PAGE, self.config.wal_max_items)
+        for start in range(0, len(drafts), size):
+            writes = self._on().writes
+            for entry in await writes.write(drafts[start : start + size], ack):
+                receipts.append(Receipt(entry.op.object_id, entry.op.stamp, ack, partial(writes.settled, [entry])))
+        return receipts
+
+    def _on(self) -> Parts:
+        if self._running is None:
+            raise NotRunning(f"the engine cannot be used: {self._why_not}")
+        return self._running
+
+    def _failed(self, error: BaseException) -> None:
+        """A part met something it has no answer to; the log keeps what is not settled."""
+        self._running, self._why_not = None, f"it failed: {error!r}"

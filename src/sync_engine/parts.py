@@ -1,0 +1,335 @@
+"""The concrete parts of one running engine: built in order, owned by one task group, closed in reverse."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+from typing import cast
+
+from sync_engine.clock import Stamps
+from sync_engine.config import SyncEngineConfig
+from sync_engine.embedded import EmbeddedRedis
+from sync_engine.errors import NotRunning, TierNotConfigured, TierUnavailable
+from sync_engine.item import Op
+from sync_engine.late import Late
+from sync_engine.log import WriteAheadLog
+from sync_engine.ports import Clock, States, Tier, Truth
+from sync_engine.pressure import Gate
+from sync_engine.read import Reader
+from sync_engine.resilience import Breaker, Guarded, RetryPolicy
+from sync_engine.storage.memory import L1Cache, L1Stats
+from sync_engine.storage.redis import RedisStore
+from sync_engine.storage.sql import SqlStore
+from sync_engine.write.batcher import Batcher
+from sync_engine.write.flush import Lane
+from sync_engine.write.path import WritePath
+from sync_engine.write.pending import PendingIndex
+from sync_engine.write.quarantine import Quarantine
+
+__all__ = ["EngineStats", "LaneStats", "Parts", "StopReport", "build"]
+
+log = logging.getLogger(__name__)
+
+REDIS_PATIENCE_S = 1.0
+"""How long a read waits for Redis where SQL can answer; after five such waits the breaker spares the next ones."""
+
+
+@dataclass(frozen=True, slots=True)
+class StopReport:
+    """What ``stop`` left behind: nothing, if both are 0.
+
+    ``left_in_log`` operations are applied at the next start. ``lost`` ones skip SQL, are in no log, and
+    Redis did not take them in time.
+    """
+
+    left_in_log: int
+    lost: int
+
+
+@dataclass(frozen=True, slots=True)
+class LaneStats:
+    """One tier's queue: operations waiting, and why it is stuck if it is."""
+
+    waiting: int
+    trouble: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """Figures of one moment."""
+
+    l1: L1Stats
+    pending: int
+    pending_bytes: int
+    quarantined: int
+    recovered: int
+    log_records: int
+    log_bytes: int
+    log_damage: tuple[str, ...]
+    lanes: dict[str, LaneStats] = field(default_factory=dict)
+
+
+class Parts:
+    """The parts of one running engine."""
+
+    def __init__(
+        self,
+        *,
+        l1: L1Cache,
+        l2: Tier | None,
+        l3: Truth | None,
+        journal: WriteAheadLog | None,
+        pending: PendingIndex,
+        quarantine: Quarantine,
+        reader: Reader,
+        writes: WritePath,
+        recovered: int,
+        failed: Callable[[BaseException], None],
+        opened: AsyncExitStack,
+    ) -> None:
+        self.l1 = l1
+        self.l2 = l2
+        self.l3 = l3
+        self.journal = journal
+        self.pending = pending
+        self.quarantine = quarantine
+        self.reader = reader
+        self.writes = writes
+        self._recovered = recovered
+        self._failed = failed
+        self._opened = opened
+        self._lanes = [lane for lane in (writes.truth, writes.cache) if lane is not None]
+        self._supervisor = asyncio.get_running_loop().create_task(self._supervise(), name="sync-engine lanes")
+
+    async def current_truth(self) -> Truth:
+        """The truth, once it has everything accepted so far. Raises ``TierUnavailable`` if it is in trouble."""
+        if self.l3 is None or self.writes.truth is None:
+            raise TierNotConfigured("sql_url", "None", "scans and state queries of items need a truth")
+        await self.writes.truth.current()
+        if self.writes.cache is not None and (leaving := self.writes.leaving_sql()):
+            # What Redis alone keeps goes there first; until then its older row still stands in the truth.
+            try:
+                await self.writes.cache.current()
+            except TierUnavailable:
+                if any(await self.l3.exists_batch(leaving)):
+                    raise
+            await self.writes.truth.current()
+        return self.l3
+
+    async def current_states(self) -> States:
+        """The tier that answers for states, once it has everything accepted so far."""
+        if self.l3 is not None:
+            return await self.current_truth()
+        assert self.l2 is not None, "the configuration has at least one tier"
+        assert self.writes.cache is not None, "a tier has a lane"
+        await self.writes.cache.current()
+        return self.l2
+
+    def slowest(self) -> Lane:
+        """The lane with the most to do."""
+        return max(self._lanes, key=lambda lane: (lane.trouble is not None, len(lane.batcher)))
+
+    def stats(self) -> EngineStats:
+        """Figures of this moment."""
+        journal = self.journal
+        return EngineStats(
+            l1=self.l1.stats(),
+            pending=len(self.pending),
+            pending_bytes=self.pending.memory_bytes,
+            quarantined=len(self.quarantine),
+            recovered=self._recovered,
+            log_records=journal.unsettled if journal else 0,
+            log_bytes=journal.bytes if journal else 0,
+            log_damage=tuple(journal.damage) if journal else (),
+            lanes={lane.tier.name: LaneStats(len(lane.batcher), lane.trouble) for lane in self._lanes},
+        )
+
+    async def close(self, timeout_s: float) -> StopReport:
+        """Flush for so long, then close everything."""
+        self.writes.refuse()
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self.writes.drained()
+        except (TimeoutError, NotRunning):
+            log.warning("stopping with %d operations not in every tier", len(self.pending))
+        self._supervisor.cancel()
+        await asyncio.wait({self._supervisor})
+        self.writes.abandon(NotRunning("the engine was stopped before the operation was in every tier"))
+        left = self.journal.unsettled if self.journal is not None else 0
+        lost = self.writes.volatile
+        await self.reader.aclose()
+        await self._opened.aclose()
+        return StopReport(left, lost)
+
+    async def _supervise(self) -> None:
+        """Own the lanes; one that dies takes the engine down, loudly, and leaves the rest to the log."""
+        try:
+            async with asyncio.TaskGroup() as lanes:
+                for lane in self._lanes:
+                    lanes.create_task(lane.run(), name=f"sync-engine lane {lane.tier.name}")
+        except BaseExceptionGroup as failures:
+            error = failures.exceptions[0]
+            log.critical("the engine failed; what is not settled stays in the log", exc_info=error)
+            self._failed(error)
+            self.writes.abandon(NotRunning(f"the engine failed: {error!r}"))
+
+    def __repr__(self) -> str:
+        return " | ".join(map(repr, (self.l1, self.pending, *self._lanes)))
+
+
+async def build(
+    config: SyncEngineConfig, clock: Clock, failed: Callable[[BaseException], None], around: Callable[[Tier], Tier]
+) -> Parts:
+    """Open and connect every part of ``config``, in the order in which they depend on each other."""
+    async with AsyncExitStack() as opened:
+        await asyncio.to_thread(config.data_dir.mkdir, mode=0o700, parents=True, exist_ok=True)
+        journal = None
+        if config.sql_url is not None:
+            # First of all: the log's lock is what keeps a second engine away from this data_dir.
+            journal = await WriteAheadLog.open(config.log_dir, segment_bytes=config.wal_segment_bytes)
+            opened.push_async_callback(journal.close)
+        stamps = Stamps(clock, after=journal.last_stamp if journal is not None else 0)
+        l3 = await _truth(config, clock, around, stamps, opened)
+        l2 = await _cache(config, clock, around, opened)
+
+        pending = PendingIndex(config.pending_max_bytes)
+        quarantine = Quarantine(config.data_dir / "quarantine")
+        await quarantine.open()
+        l1 = L1Cache(config.l1_max_bytes, clock=clock, rng=random.Random())  # noqa: S311  # evicts, keeps no secret
+        gate = Gate(
+            ops_max=config.wal_max_items, bytes_max=config.pending_max_bytes, wait_ms=config.backpressure_wait_ms
+        )
+        writes = WritePath(stamps=stamps, gate=gate, journal=journal, pending=pending, quarantine=quarantine)
+        reader = Reader(
+            pending=pending,
+            quarantine=quarantine,
+            l1=l1,
+            l2=l2,
+            l3=l3,
+            read_back=writes.read_back,
+            observe=stamps.observe,
+            clock=clock,
+            promotion_ttl_ms=round(config.promotion_ttl * 1000),
+        )
+        writes.view = reader
+        if l3 is not None:
+            # A cache-only item rarely has a row: it is asked for before it is deleted.
+            writes.truth = _lane(l3, config, clock, writes, _keeps_sql, erases_blindly=False)
+        if l2 is not None:
+            writes.cache = _lane(l2, config, clock, writes, _keeps_redis, erases_blindly=True)
+        recovered = len(journal.recovered) if journal is not None else 0
+        if journal is not None and recovered:
+            log.info("taking up %d operations from the log", recovered)
+            writes.recover(journal.recovered)
+            journal.recovered.clear()  # whole items, which the write path now keeps within its own bound
+        return Parts(
+            l1=l1,
+            l2=l2,
+            l3=l3,
+            journal=journal,
+            pending=pending,
+            quarantine=quarantine,
+            reader=reader,
+            writes=writes,
+            recovered=recovered,
+            failed=failed,
+            opened=opened.pop_all(),
+        )
+
+
+async def _truth(
+    config: SyncEngineConfig,
+    clock: Clock,
+    around: Callable[[Tier], Tier],
+    stamps: Stamps,
+    opened: AsyncExitStack,
+) -> Truth | None:
+    url = config.sql_url
+    if url is None:
+        return None
+
+    async def connect() -> Tier:
+        return await SqlStore.connect(url.get_secret_value(), timeout_ms=config.sql_timeout_ms)
+
+    async def connected(store: Tier) -> None:
+        # Another engine's clock may have run ahead of ours: never stamp below what the truth holds.
+        stamps.observe(await cast(Truth, store).newest_stamp())
+
+    late = await _late("l3", connect, connected, opened)
+    return Guarded(around(late), Breaker("l3", clock), clock)
+
+
+async def _cache(
+    config: SyncEngineConfig, clock: Clock, around: Callable[[Tier], Tier], opened: AsyncExitStack
+) -> Tier | None:
+    if config.redis_url is None:
+        return None
+    url = config.redis_url.get_secret_value()
+    if url.startswith("embedded://"):
+        server = EmbeddedRedis(data_dir=config.data_dir / "redis")
+        await server.start()
+        opened.push_async_callback(server.stop)
+        url = server.url
+
+    async def connect() -> Tier:
+        return await RedisStore.connect(
+            url,
+            config.redis_prefix,
+            timeout_ms=config.redis_timeout_ms,
+            response_timeout_ms=config.redis_response_timeout_ms,
+            binary_format=config.redis_binary_format,
+        )
+
+    async def connected(store: Tier) -> None:
+        return None
+
+    late = await _late("l2", connect, connected, opened)
+    # A read that SQL can answer does not wait out a Redis that has stopped; a write is left its full time.
+    write_s = 2 * (config.redis_timeout_ms + config.redis_response_timeout_ms) / 1000
+    read_s = min(write_s, REDIS_PATIENCE_S) if config.sql_url is not None else None
+    return Guarded(around(late), Breaker("l2", clock), clock, read_s, write_deadline_s=write_s)
+
+
+async def _late(
+    name: str,
+    connect: Callable[[], Awaitable[Tier]],
+    connected: Callable[[Tier], Awaitable[None]],
+    opened: AsyncExitStack,
+) -> Late:
+    late = Late(name, connect, connected)
+    opened.push_async_callback(late.close)
+    try:
+        await late.ready()
+    except TierUnavailable as down:
+        log.warning("starting without %s: %s", name, down)
+    return late
+
+
+def _lane(
+    tier: Tier,
+    config: SyncEngineConfig,
+    clock: Clock,
+    writes: WritePath,
+    keeps: Callable[[Op], bool],
+    *,
+    erases_blindly: bool,
+) -> Lane:
+    batcher = Batcher(
+        flush_count=config.batch_flush_count,
+        flush_bytes=config.batch_flush_bytes,
+        flush_after_ms=config.batch_flush_ms,
+        clock=clock,
+    )
+    return Lane(tier, batcher, writes, keeps, erases_blindly=erases_blindly, retry=RetryPolicy(), clock=clock)
+
+
+def _keeps_sql(op: Op) -> bool:
+    return op.sql
+
+
+def _keeps_redis(op: Op) -> bool:
+    return op.redis

@@ -1,0 +1,1 @@
+"""The write flow: admit, log, make visible, batch, flush, settle."""

@@ -1,0 +1,163 @@
+"""Carries batches of entries into one tier: plan (pure), apply (one call), report.
+
+One lane per tier, each with its own queue and its own pace, so that a slow Redis does not hold up SQL
+and the other way round. Within a lane batches go one after the other: two flushes never write one id
+at once, and for one id the highest stamp decides.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from sync_engine.errors import StoreError, TierUnavailable
+from sync_engine.item import Op
+from sync_engine.ports import Applied, Clock, Tier
+from sync_engine.resilience import RetryPolicy, retrying
+from sync_engine.write.batcher import Batcher
+from sync_engine.write.pending import Entry
+
+__all__ = ["Lane", "Plan", "plan_flush"]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What one tier is to do: ``ops`` ascending by id, one per id, and ``erase``: ids it no longer keeps.
+
+    ``decides`` names the entry that speaks for each id, ``spoken`` what it says; the batch's other entries
+    are older.
+    """
+
+    ops: list[Op]
+    erase: list[Op]
+    decides: dict[str, Entry]
+    spoken: dict[str, Op]
+
+
+def plan_flush(batch: Sequence[Entry], keeps: Callable[[Op], bool]) -> Plan:
+    """Reduce a batch to the newest operation per id, in id order so that two writers lock rows alike."""
+    decides: dict[str, Entry] = {}
+    for entry in batch:
+        held = decides.get(entry.op.object_id)
+        if held is None or entry.op.stamp >= held.op.stamp:
+            decides[entry.op.object_id] = entry
+    ops: list[Op] = []
+    erase: list[Op] = []
+    spoken = {object_id: decides[object_id].effective() for object_id in sorted(decides)}
+    for object_id, op in spoken.items():
+        if op.kind == "put" and not keeps(op):
+            erase.append(Op(kind="delete", object_id=object_id, stamp=op.stamp))
+        else:
+            ops.append(op)
+    return Plan(ops, erase, decides, spoken)
+
+
+class Carrier(Protocol):
+    """Who owns the entries that a lane flushes."""
+
+    async def load(self, batch: Sequence[Entry], /) -> None:
+        """Bring the values of these entries into memory."""
+        ...
+
+    async def passed(self, lane: Lane, batch: Sequence[Entry], plan: Plan, applied: Applied, /) -> None:
+        """Move every entry on: to the next tier, into the quarantine, or out."""
+        ...
+
+
+class Lane:
+    """The only writer of one tier.
+
+    ``keeps`` says whether the tier keeps what an operation puts; what it does not keep it loses. Where
+    ``erases_blindly`` is False the tier is asked first whether there is anything to lose.
+    """
+
+    def __init__(
+        self,
+        tier: Tier,
+        batcher: Batcher,
+        carrier: Carrier,
+        keeps: Callable[[Op], bool],
+        *,
+        erases_blindly: bool,
+        retry: RetryPolicy,
+        clock: Clock,
+    ) -> None:
+        self.tier = tier
+        self.batcher = batcher
+        self._carrier = carrier
+        self._keeps = keeps
+        self._erases_blindly = erases_blindly
+        self._retry = retry
+        self._clock = clock
+        self.trouble: str | None = None
+        """Why the batch at hand is being retried; None while all is well."""
+
+    async def run(self) -> None:
+        """Flush batch after batch until cancelled."""
+        while True:
+            batch = await self.batcher.take()
+            plan, applied = await self._flush(batch)
+            await self._carrier.passed(self, batch, plan, applied)
+            self.batcher.done(len(batch))
+
+    async def _flush(self, batch: Sequence[Entry]) -> tuple[Plan, Applied]:
+        """Apply one batch, as often as it takes: applying it again changes nothing."""
+        answer: tuple[Plan, Applied] = await retrying(self._retry, self._clock.sleep, on=self._unavailable)(
+            self._attempt, batch
+        )
+        if self.trouble is not None:
+            log.warning("%s answers again", self.tier.name)
+            self.trouble = None
+        return answer
+
+    async def _attempt(self, batch: Sequence[Entry]) -> tuple[Plan, Applied]:
+        await self._carrier.load(batch)
+        plan = plan_flush(batch, self._keeps)
+        return plan, await self._apply(plan)
+
+    async def _apply(self, plan: Plan) -> Applied:
+        erase = plan.erase
+        if erase and not self._erases_blindly:
+            # A cache-only item rarely has a row; asking is a read, a delete is a write with a tombstone.
+            held = await self.tier.exists_batch([op.object_id for op in erase])
+            erase = [op for op, there in zip(erase, held, strict=True) if there]
+        ops = sorted(plan.ops + erase, key=lambda op: op.object_id) if erase else plan.ops
+        return await self._isolating(ops) if ops else Applied()
+
+    async def _isolating(self, ops: Sequence[Op]) -> Applied:
+        """Apply; where the tier refuses a batch as a whole, halve it until the refused operation is alone."""
+        try:
+            return await self.tier.apply(ops)
+        except StoreError as refused:
+            if len(ops) == 1:
+                return Applied(refused={ops[0].object_id: refused})
+        half = len(ops) // 2
+        one, two = await self._isolating(ops[:half]), await self._isolating(ops[half:])
+        return Applied(
+            superseded=one.superseded | two.superseded,
+            refused={**one.refused, **two.refused},
+            restated={**one.restated, **two.restated},
+            existed=one.existed | two.existed,
+        )
+
+    async def current(self) -> None:
+        """Wait until the tier has everything accepted before this call; raises if the tier is in trouble."""
+        if self.trouble is not None:
+            raise TierUnavailable(self.tier.name, self.trouble)
+        await self.batcher.drained(patient=False)
+
+    def _unavailable(self, exc: BaseException) -> bool:
+        if not isinstance(exc, TierUnavailable):
+            return False
+        if self.trouble is None:
+            log.warning("%s; its %d operations wait", exc, len(self.batcher))
+        self.trouble = exc.reason
+        self.batcher.fail(exc)
+        return True
+
+    def __repr__(self) -> str:
+        return f"<Lane {self.tier.name} {len(self.batcher)} waiting{', ' + self.trouble if self.trouble else ''}>"

@@ -1,0 +1,320 @@
+"""The life of one write: stamp, log, make visible, hand to the lanes, settle.
+
+Nothing here is done in a caller's task except waiting: a caller that is cancelled has either written
+nothing, or written what the log will carry through.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+from collections import deque
+from collections.abc import Sequence
+from typing import Protocol
+
+from msgspec.structs import force_setattr, replace
+
+from sync_engine.clock import Stamps
+from sync_engine.errors import NotRunning, StoreError, SyncEngineError, VersionConflict
+from sync_engine.item import Op, SyncItem
+from sync_engine.options import Ack
+from sync_engine.ports import Applied, Journal, Logged
+from sync_engine.pressure import Gate
+from sync_engine.write.flush import Lane, Plan
+from sync_engine.write.pending import Entry, PendingIndex
+from sync_engine.write.quarantine import Quarantine
+
+__all__ = ["WritePath"]
+
+
+class View(Protocol):
+    """What shows writes to readers of this engine."""
+
+    def written(self, op: Op, /) -> None:
+        """An operation became visible."""
+        ...
+
+    def touch(self, object_id: str, /) -> None:
+        """An operation on this id settles now."""
+        ...
+
+    def outdone(self, object_id: str, stamp: int, /) -> None:
+        """A tier holds a newer write than this stamp."""
+        ...
+
+
+class WritePath:
+    """Takes drafts of operations to the tiers, in stamp order per id."""
+
+    def __init__(
+        self,
+        *,
+        stamps: Stamps,
+        gate: Gate,
+        journal: Journal | None,
+        pending: PendingIndex,
+        quarantine: Quarantine,
+    ) -> None:
+        self._stamps = stamps
+        self._gate = gate
+        self._journal = journal
+        self._pending = pending
+        self._quarantine = quarantine
+        self.view: View | None = None
+        self.truth: Lane | None = None
+        self.cache: Lane | None = None
+        self._closed = False
+        self._begun = 0  # appends to the log, which are answered in order
+        self._answered = 0
+        self._answers: deque[tuple[int, asyncio.Future[None]]] = deque()
+
+    async def write(self, drafts: Sequence[Op], ack: Ack) -> list[Entry]:
+        """Accept drafts (stamp 0) that all go to the same tiers; return once ``ack`` is reached.
+
+        Raises ``Backpressure`` at a bound, ``TierUnavailable("log")`` when the log cannot be written,
+        and with ``Ack.STORED`` whatever refused an operation. Before ``STORED`` nothing is half done:
+        either all drafts are accepted or none.
+        """
+        logged = self._journal is not None and drafts[0].sql
+        volatile_bytes = 0 if logged else sum(op.size for op in drafts)
+        await self._gate.enter(len(drafts), volatile_bytes)
+        if self._closed:
+            self._gate.leave(len(drafts), volatile_bytes)
+            raise NotRunning("the engine is being stopped")
+        # Stamped after the gate and logged in the same step, so that stamp order is log order.
+        entries = [Entry(self._stamped(op)) for op in drafts]
+        if not logged:
+            for entry in entries:
+                entry.volatile_bytes = entry.size
+            self._accept(entries)
+        else:
+            assert self._journal is not None
+            commit = _Commit(self, entries, at_once=ack is Ack.MEMORY)
+            self._journal.append([entry.op for entry in entries], commit.durable, commit.failed)
+            self._begun += 1
+            if ack is Ack.MEMORY:
+                self._accept(entries)
+            else:
+                await commit.done
+        if ack is Ack.STORED:
+            await self.settled(entries)
+        return entries
+
+    async def settled(self, entries: Sequence[Entry]) -> None:
+        """Hurry these entries through and wait for them; raise what refused the first refused one."""
+        self.hurry()
+        for entry in entries:
+            await entry.wait_settled()
+
+    @property
+    def volatile(self) -> int:
+        """Operations that no log holds and no tier has yet."""
+        return sum(1 for entry in self._pending if entry.volatile_bytes)
+
+    def leaving_sql(self) -> list[str]:
+        """Ids of pending items that skip SQL; an older row of theirs is still to go. Free where no log is skipped."""
+        if not self._gate.bytes:
+            return []
+        return [entry.op.object_id for entry in self._pending if entry.volatile_bytes]
+
+    def abandon(self, error: Exception) -> None:
+        """The lanes are gone: nobody must wait for them any longer."""
+        for entry in self._pending:
+            entry.abandon(error)
+        for lane in (self.truth, self.cache):
+            if lane is not None:
+                lane.batcher.fail(error, everybody=True)
+
+    def recover(self, records: Sequence[Logged]) -> None:
+        """Take in what the log of an earlier run still holds."""
+        self._gate.readmit(len(records))
+        for record in records:
+            self._accept([Entry(record.op, record)])
+
+    def hurry(self) -> None:
+        """Let nothing that is queued now wait for company."""
+        for lane in (self.truth, self.cache):
+            if lane is not None:
+                lane.batcher.hurry()
+
+    def refuse(self) -> None:
+        """Accept nothing more, not even from callers who wait for room."""
+        self._closed = True
+
+    async def drained(self) -> None:
+        """Wait until everything written before this call is settled or quarantined."""
+        if self._answered < self._begun:
+            waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._answers.append((self._begun, waiter))
+            await waiter
+        # An operation passes each lane once, in either order.
+        for lane in (self.truth, self.cache, self.truth):
+            if lane is not None:
+                await lane.batcher.drained()
+
+    async def load(self, batch: Sequence[Entry]) -> None:
+        """Read values that only the log holds back into memory, for the flush at hand."""
+        if self._journal is None:
+            return
+        sources = {id(source): source for entry in batch for source in (entry, entry.base) if source is not None}
+        while wanted := [source for source in sources.values() if source.value_in_log_only]:
+            records = [source.logged for source in wanted if source.logged is not None]
+            try:
+                ops = await self._journal.read(records)
+            except StoreError:
+                # A base may have settled, and its record gone, while it was being read. Anything else is damage.
+                if all(source.value_in_log_only for source in wanted):
+                    raise
+                continue
+            for source, op in zip(wanted, ops, strict=True):
+                self._pending.restore(source, op)
+
+    async def read_back(self, entry: Entry) -> SyncItem | None:
+        """The item of one pending put whose value only the log holds."""
+        if entry.logged is None or not entry.reloadable or self._journal is None:
+            return None
+        return (await self._journal.read([entry.logged]))[0].item
+
+    async def passed(self, lane: Lane, batch: Sequence[Entry], plan: Plan, applied: Applied) -> None:
+        """One tier has answered for a batch: move every entry on."""
+        settled: list[Entry] = []
+        moved: Lane | None = None
+        for entry in batch:
+            object_id = entry.op.object_id
+            decides = plan.decides[object_id] is entry
+            refusal = applied.refused.get(object_id) if decides else None
+            if refusal is not None:
+                await self._refused(lane, entry, refusal)
+                settled.append(entry)
+                continue
+            if entry.conditional:
+                self._make_visible(entry)  # it has happened: from here on reads must see it
+            if decides and object_id in applied.superseded:
+                entry.outdone = True  # another engine's newer write stands
+            if decides and entry.op.kind == "restate":
+                self._pending.became(entry, _as_applied(plan.spoken[object_id], applied))
+            entry.hop += 1
+            onward = self._next_lane(entry)
+            if onward is not None:
+                if entry.volatile_bytes:
+                    # Redis holds it now; only an older SQL row of it may still have to go.
+                    self._gate.leave(0, entry.volatile_bytes)
+                    entry.volatile_bytes = 0
+                    self._pending.release(entry)
+                else:
+                    self._pending.trim(entry)
+                onward.batcher.put(entry)
+                moved = onward
+            else:
+                entry.settle()
+                settled.append(entry)
+                if len(self._quarantine):
+                    await self._quarantine.overtaken(object_id, entry.op.stamp)
+        if moved is not None:
+            moved.batcher.hurry()  # they have waited for company once
+        if settled:
+            self._settle(settled)
+
+    @property
+    def _seen(self) -> View:
+        assert self.view is not None, "parts are joined before the first write"
+        return self.view
+
+    async def _refused(self, lane: Lane, entry: Entry, refusal: SyncEngineError) -> None:
+        if not isinstance(refusal, VersionConflict):  # a lost compare-and-set is an answer, not a fault
+            op = entry.effective()
+            await self._quarantine.keep(op, lane.tier.name, str(refusal))
+        entry.settle(refusal)
+
+    def _settle(self, entries: Sequence[Entry]) -> None:
+        for entry in entries:
+            self._gate.leave(1, entry.volatile_bytes)
+            self._seen.touch(entry.op.object_id)
+            if entry.visible:
+                self._pending.remove(entry)
+            if entry.outdone:
+                self._seen.outdone(entry.op.object_id, entry.op.stamp)
+        if self._journal is not None:
+            self._journal.settle([entry.logged.seq for entry in entries if entry.logged is not None])
+
+    def _answer(self) -> None:
+        self._answered += 1
+        while self._answers and self._answers[0][0] <= self._answered:
+            waiter = self._answers.popleft()[1]
+            if not waiter.done():
+                waiter.set_result(None)
+
+    def _accept(self, entries: Sequence[Entry]) -> None:
+        for entry in entries:
+            if not entry.conditional:
+                self._make_visible(entry)
+            onward = self._next_lane(entry)
+            assert onward is not None, "admission lets nothing in that no tier would take"
+            onward.batcher.put(entry)
+
+    def _make_visible(self, entry: Entry) -> None:
+        entry.visible = True
+        told = entry.op  # as it is before the index leaves its value to the log
+        if self._pending.add(entry):
+            self._seen.written(told if told.kind == "put" else entry.effective())
+
+    def _next_lane(self, entry: Entry) -> Lane | None:
+        # What SQL keeps goes there first; what Redis alone keeps must be readable before its row goes.
+        route = (self.truth, self.cache) if entry.sql_first else (self.cache, self.truth)
+        lanes = [lane for lane in route if lane is not None]
+        return lanes[entry.hop] if entry.hop < len(lanes) else None
+
+    def _stamped(self, draft: Op) -> Op:
+        stamp = self._stamps.next()
+        if draft.item is None:
+            return replace(draft, stamp=stamp)
+        # A copy of a frozen, already checked item: the engine's own notes on it are all that changes.
+        item = copy.copy(draft.item)
+        force_setattr(item, "stamp", stamp)
+        force_setattr(item, "expires_at", None if draft.sql else draft.redis_expires_at)
+        force_setattr(item, "sql_only", not draft.redis)
+        return replace(draft, stamp=stamp, item=item)
+
+
+def _as_applied(op: Op, applied: Applied) -> Op:
+    """A restate that the truth has answered carries the whole item, which is what Redis is to show."""
+    restated = applied.restated.get(op.object_id)
+    return op if restated is None else replace(op, item=restated)
+
+
+class _Commit:
+    """One append to the log, until the log answers."""
+
+    __slots__ = ("_at_once", "_entries", "_path", "done")
+
+    def __init__(self, path: WritePath, entries: Sequence[Entry], *, at_once: bool) -> None:
+        self._path = path
+        self._entries = entries
+        self._at_once = at_once
+        self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def durable(self, records: Sequence[Logged]) -> None:
+        """Called on the loop, in append order: what is durable becomes visible even if its caller is gone."""
+        path = self._path
+        for entry, record in zip(self._entries, records, strict=True):
+            entry.logged = record
+        late = [record.seq for entry, record in zip(self._entries, records, strict=True) if entry.settled]
+        if late and path._journal is not None:
+            path._journal.settle(late)
+        if not self._at_once:
+            path._accept(self._entries)
+        path._answer()
+        if not self.done.done():
+            self.done.set_result(None)
+
+    def failed(self, error: Exception) -> None:
+        """Called on the loop: nothing of this append counts as logged."""
+        path = self._path
+        path._answer()
+        if self._at_once:
+            return  # accepted in memory and on its way to the tiers; MEMORY promised no more
+        path._gate.leave(len(self._entries))
+        if not self.done.done():
+            self.done.set_exception(
+                error if isinstance(error, SyncEngineError) else StoreError("log", f"{type(error).__name__}: {error}")
+            )

@@ -1,0 +1,207 @@
+"""What is acknowledged but not yet in every tier: one entry per operation, one index of the newest per id.
+
+Reads ask the index first, which is what makes a write visible before it is flushed. A value sits in
+memory while the budget lasts and is otherwise read back from the log.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+
+from msgspec import structs
+
+from sync_engine.item import Op, SyncItem
+from sync_engine.ports import Logged
+
+__all__ = ["Entry", "PendingIndex", "overlay"]
+
+
+class Entry:
+    """One operation on its way to the tiers."""
+
+    __slots__ = (
+        "base",
+        "error",
+        "hop",
+        "logged",
+        "op",
+        "outdone",
+        "settled",
+        "size",
+        "sql_first",
+        "visible",
+        "volatile_bytes",
+        "waiters",
+    )
+
+    def __init__(self, op: Op, logged: Logged | None = None) -> None:
+        self.op = op
+        self.size = op.size
+        self.logged = logged
+        self.sql_first = op.sql  # what SQL keeps goes there first
+        self.hop = 0  # how many tiers of its route it has passed
+        self.volatile_bytes = 0  # what it counts at the gate: bytes that no log holds
+        self.visible = False  # whether the index knows it; a conditional one waits for the truth
+        self.outdone = False  # a tier held a newer write, of another engine
+        self.settled = False
+        self.error: Exception | None = None
+        self.base: Entry | None = None  # the put whose state this restate changes, while that is pending too
+        self.waiters: list[asyncio.Future[None]] = []
+
+    @property
+    def conditional(self) -> bool:
+        """Whether the truth has still to decide if this operation happens at all."""
+        return self.op.if_version is not None and self.hop == 0
+
+    @property
+    def stands_alone(self) -> bool:
+        """Whether it says all there is to say of its id, so that older entries in its batch can be left out."""
+        if self.op.kind == "restate":
+            return self.effective().kind == "put"
+        return not self.conditional
+
+    @property
+    def value_in_memory(self) -> bool:
+        """Whether the put's item is at hand (and not only in the log, or in the tiers it has passed)."""
+        return self.op.item is not None
+
+    @property
+    def value_in_log_only(self) -> bool:
+        """Whether the put's item has to be read back from the log."""
+        return self.op.kind == "put" and self.op.item is None and self.reloadable and not self.settled
+
+    @property
+    def reloadable(self) -> bool:
+        """Whether the log holds the item; it holds only the state of what began as a restate."""
+        return self.logged is not None and self.logged.op.kind == "put"
+
+    def release_value(self) -> None:
+        """Let go of the item; the log, or a tier already passed, holds it."""
+        if self.op.item is not None:
+            self.op = structs.replace(self.op, item=None)
+            if self.reloadable and self.logged is not None:
+                self.logged.op = self.op
+
+    def effective(self) -> Op:
+        """The operation as a tier should see it: a restate of a put that no tier has yet is that put in the new state.
+
+        Once a tier has the put, another engine may have written over it, and only the state may be changed.
+        """
+        op = self.op
+        base = self.base
+        if op.kind != "restate" or base is None or base.hop or base.op.item is None:
+            return op
+        item = base.op.item.replace(state=op.state, stamp=op.stamp)
+        return structs.replace(base.op, stamp=op.stamp, item=item, if_version=None)
+
+    def settle(self, error: Exception | None = None) -> None:
+        """Tell everybody who waits that this operation is in every tier, or was refused."""
+        self.settled = True
+        self.error = error
+        for waiter in self.waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+        self.waiters.clear()
+
+    def abandon(self, error: Exception) -> None:
+        """Stop the wait without an answer: the operation is still in the log, or lost with this process."""
+        for waiter in self.waiters:
+            if not waiter.done():
+                waiter.set_exception(error)
+        self.waiters.clear()
+
+    async def wait_settled(self) -> None:
+        """Return when settled; raise what refused it."""
+        if not self.settled:
+            waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self.waiters.append(waiter)
+            await waiter
+        if self.error is not None:
+            raise self.error
+
+    def __repr__(self) -> str:
+        return f"<Entry {self.op.kind} {self.op.object_id!r} stamp {self.op.stamp} hop {self.hop}>"
+
+
+class PendingIndex:
+    """id → newest unsettled operation."""
+
+    def __init__(self, memory_bytes_max: int) -> None:
+        self._newest: dict[str, Entry] = {}
+        self._memory_bytes_max = memory_bytes_max
+        self.memory_bytes = 0
+        self.entries = 0
+
+    def add(self, entry: Entry) -> bool:
+        """Take the entry in; False if a newer operation on its id is already known."""
+        self.entries += 1
+        op = entry.op
+        held = self._newest.get(op.object_id)
+        newer = held is None or held.op.stamp <= op.stamp
+        if newer:
+            if op.kind == "restate" and held is not None:
+                base = held if held.op.kind == "put" else held.base
+                if base is not None and not base.settled:
+                    entry.base = base
+            self._newest[op.object_id] = entry
+        if op.item is not None:
+            if entry.reloadable and self.memory_bytes + entry.size > self._memory_bytes_max:
+                entry.release_value()
+            else:
+                self.memory_bytes += entry.size
+        return newer
+
+    def release(self, entry: Entry) -> None:
+        """Give the entry's memory back; the entry itself stays pending."""
+        if entry.value_in_memory:
+            self.memory_bytes -= entry.size
+            entry.release_value()
+
+    def restore(self, entry: Entry, op: Op) -> None:
+        """Put a value that was read back from the log into memory again, for the flush at hand."""
+        if not entry.value_in_memory:
+            entry.op = op
+            self.memory_bytes += entry.size
+
+    def became(self, entry: Entry, op: Op) -> None:
+        """A tier has applied the entry as this operation, so that is what it is from here on."""
+        if entry.op is not op:
+            self.release(entry)
+            entry.op, entry.size = op, op.size
+            if entry.value_in_memory:
+                self.memory_bytes += entry.size
+
+    def trim(self, entry: Entry) -> None:
+        """Release the value if the budget is spent and the log holds it."""
+        if entry.reloadable and self.memory_bytes > self._memory_bytes_max:
+            self.release(entry)
+
+    def remove(self, entry: Entry) -> None:
+        """Forget a settled entry."""
+        self.entries -= 1
+        if entry.value_in_memory:
+            self.memory_bytes -= entry.size
+        if self._newest.get(entry.op.object_id) is entry:
+            del self._newest[entry.op.object_id]
+
+    def get(self, object_id: str) -> Entry | None:
+        """The newest unsettled operation on this id."""
+        return self._newest.get(object_id)
+
+    def __iter__(self) -> Iterator[Entry]:
+        return iter(list(self._newest.values()))
+
+    def __len__(self) -> int:
+        return self.entries
+
+    def __repr__(self) -> str:
+        return f"<PendingIndex {self.entries} operations on {len(self._newest)} ids, {self.memory_bytes} bytes>"
+
+
+def overlay(entry: Entry, base: SyncItem | None) -> SyncItem | None:
+    """What a tier's copy looks like under a pending restate."""
+    op = entry.op
+    if base is None or op.kind != "restate" or base.stamp >= op.stamp:
+        return base
+    return base.replace(state=op.state, stamp=op.stamp)
