@@ -34,7 +34,7 @@ __all__ = ["EngineStats", "LaneStats", "Parts", "StopReport", "build"]
 
 log = logging.getLogger(__name__)
 
-REDIS_PATIENCE_S = 1.0
+REDIS_PATIENCE_S = 2.0
 """How long a read waits for Redis where SQL can answer; after five such waits the breaker spares the next ones."""
 
 

@@ -38,7 +38,7 @@ JSON_TEXTS = st.sampled_from([b"{}", b'{"a":1}', b'[1,{"b":null}]', b'"\xc3\xa4"
 
 @st.composite
 def ops(draw: st.DrawFn) -> Op:
-    object_id, stamp = draw(IDS), draw(COUNTS)
+    object_id, stamp, redis = draw(IDS), draw(COUNTS), draw(st.booleans())
     kind = draw(st.sampled_from(["put", "delete", "restate"]))
     item = None
     if kind == "put":
@@ -58,6 +58,7 @@ def ops(draw: st.DrawFn) -> Op:
             last_accessed=draw(COUNTS),
             stamp=stamp,
             expires_at=draw(st.none() | COUNTS),
+            sql_only=not redis,  # as admission stamps it; the log keeps it once
         )
     return Op(
         kind=kind,
@@ -65,7 +66,7 @@ def ops(draw: st.DrawFn) -> Op:
         stamp=stamp,
         item=item,
         state=draw(st.none() | TEXTS),
-        redis=draw(st.booleans()),
+        redis=redis,
         sql=draw(st.booleans()),
         redis_expires_at=draw(st.none() | COUNTS),
         if_version=draw(st.none() | COUNTS),
