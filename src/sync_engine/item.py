@@ -199,7 +199,8 @@ OpKind = Literal["put", "delete", "restate"]
 class Op(msgspec.Struct, frozen=True, kw_only=True, eq=False, gc=False):
     """One admitted operation on one id.
 
-    ``put`` carries the item (its ``stamp`` equals the operation's), ``restate`` the new ``state``.
+    ``put`` carries the item (its ``stamp`` equals the operation's), ``restate`` the new ``state``
+    (and, on its way from the truth to Redis, the whole item as it is now).
     ``redis`` and ``sql`` say which tiers keep the item; a tier that does not keep it loses any older
     copy. ``redis_expires_at`` (epoch ms) bounds the Redis copy. ``if_version`` makes a put conditional
     on the truth holding that version (0: no such item).

@@ -225,3 +225,17 @@ async def test_many_submitters_at_once(make: Make, l3: SqlStore) -> None:
         await engine.flush()
         assert {item.version for item in await l3.scan_prefix("m.", 100)} == {19}
         assert (await engine.get("m.0")).content_type is ContentType.JSON
+
+
+async def test_I1_a_state_change_brings_redis_what_the_truth_holds(make: Make, l2: RedisStore, l3: SqlStore) -> None:
+    """Another engine has written to SQL and not yet to Redis: changing the state there must not bless the old copy."""
+    async with make() as engine:
+        await engine.submit(SyncItem("a", b"old"), ack=Ack.STORED)
+        held = await l3.get("a")
+        assert held is not None
+        await l3.put(held.replace(content=b"new", stamp=held.stamp + 1))
+        assert await engine.set_state("a", "s")
+        await engine.flush()
+        for store in (l2, l3):
+            assert (await store.get("a")).content == b"new"
+            assert (await store.get("a")).state == "s"

@@ -375,6 +375,24 @@ class CacheContract(TierContract):
         await eventually(lambda: gone(tier, "a"))
         assert await members(tier, "default", "done") == {}
 
+    @pytest.mark.parametrize("content", [b"{}", b"\x00"], ids=["json", "binary"])
+    async def test_a_restate_that_brings_the_item_replaces_an_older_copy_and_nothing_else(
+        self, tier: Tier, content: bytes
+    ) -> None:
+        later = now_ms() + 60_000
+        await tier.apply([until(put("a", b"stale", 1), later), put("c", b"newer", 9)])
+        ops = []
+        for id_ in "abc":
+            item = put(id_, content, 5, state="s").item
+            ops.append(Op(kind="restate", object_id=id_, stamp=5, state="s", item=item))
+        assert (await tier.apply(ops)).superseded == {"c"}
+        assert [await content_of(tier, id_) for id_ in "abc"] == [content, None, b"newer"]
+        assert await members(tier, "s", "default") == {"s": ["a"], "default": ["c"]}
+        await tier.apply([until(put("a", content, 6), now_ms() + 50)])
+        item = put("a", content, 7, state="s").item
+        await tier.apply([Op(kind="restate", object_id="a", stamp=7, state="s", item=item)])
+        await eventually(lambda: gone(tier, "a"))
+
     async def test_the_deadline_of_an_item_that_lives_here_alone_comes_back(self, tier: Tier) -> None:
         deadline_ms = now_ms() + 60_000
         for id_, content in (("json", b"{}"), ("binary", b"\x00")):

@@ -82,7 +82,9 @@ class MemoryTier:
                 if row is not None:
                     existed.add(id_)
             elif row is not None and op.stamp != row.item.stamp and op.state is not None:
-                restated[id_] = row.item.replace(state=op.state, stamp=op.stamp)
+                # What brings the whole item brings what the truth holds; the deadline of the copy stays.
+                base = row.item if op.item is None else op.item
+                restated[id_] = base.replace(state=op.state, stamp=op.stamp)
                 self._rows[id_] = replace(row, item=restated[id_])
         return Applied(frozenset(superseded), refused, restated, frozenset(existed))
 

@@ -139,7 +139,8 @@ def translated(failed: Exception) -> SyncEngineError:
         return _UnknownScript(str(failed))
     if isinstance(failed, OutOfMemoryError):
         return TierUnavailable("l2", "out of memory: nothing of the call was written")
-    if isinstance(failed, AuthenticationError):
+    # During a handshake redis-py tells a refusal as a plain ConnectionError.
+    if isinstance(failed, AuthenticationError) or "username-password" in str(failed):
         return TierUnavailable("l2", "the server refused the credentials")
     if isinstance(failed, RedisConnectionError | RedisTimeoutError | OSError):
         return TierUnavailable("l2", f"{type(failed).__name__}: {failed}" if str(failed) else type(failed).__name__)

@@ -20,6 +20,8 @@ VALUE_BYTES_MAX = 512 * 1024 * 1024 - 1
 
 BinaryFormat = Literal["compact", "json"]
 
+_OVER = {"J": "U", "S": "V"}
+
 Group = tuple[str, str, str]
 """Kind, state and extra, as lua/apply.lua explains them."""
 
@@ -53,15 +55,19 @@ def packed(
     for op in ops:
         item = op.item
         value = b""
-        if op.kind == "put" and op.redis and item is not None:
+        if item is not None and (op.kind == "restate" or (op.kind == "put" and op.redis)):
             if item.stamp != op.stamp:
                 item = item.replace(stamp=op.stamp)
             kind, value = _value(item, documents, to_string)
             if len(value) > VALUE_BYTES_MAX:
                 refused[op.object_id] = StoreError("l2", f"{len(value)} bytes as stored; at most {VALUE_BYTES_MAX}")
                 continue
-            deadline = op.redis_expires_at
-            group = (kind.lower() if op.fill else kind, item.state, "" if deadline is None else str(deadline))
+            if op.kind == "restate":
+                # The truth told what it holds now: an older copy is replaced whole, since its content may be older too.
+                group = (_OVER[kind], item.state, "")
+            else:
+                deadline = op.redis_expires_at
+                group = (kind.lower() if op.fill else kind, item.state, "" if deadline is None else str(deadline))
         elif op.kind == "restate":
             group = ("R", op.state or "", only_in or "")
         else:

@@ -7,7 +7,8 @@ items; members whose values expire are swept before every answer.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 from sync_engine.errors import InvalidItem
@@ -20,7 +21,7 @@ __all__ = ["StateSets"]
 PAGE_MEMBERS = 1_000
 """Members that one SSCAN step aims at: below 1 ms of the server."""
 
-Change = Callable[[Iterable[Op], str], Awaitable[int]]
+Change = Callable[[Sequence[Op], str], Awaitable[int]]
 """Apply operations to the items that are in a state; how many of them it changed."""
 
 
@@ -40,9 +41,8 @@ class StateSets:
         cursor = b"0"
         while limit:
             cursor, page = await self._page(state, cursor)
-            ids = (member.decode() for member in page)
             # A scan may name a member twice.
-            new = {object_id for object_id in ids if after is None or object_id > after}
+            new = {object_id for object_id in page if after is None or object_id > after}
             smallest = heapq.nsmallest(limit, new.union(smallest))
             if cursor == b"0":
                 break
@@ -68,15 +68,18 @@ class StateSets:
         cursor = b"0"
         while True:
             cursor, page = await self._page(state, cursor)
-            ids = dict.fromkeys(member.decode() for member in page)
-            if ids:
-                deleted += await self._change((Op(kind="delete", object_id=i, stamp=0) for i in ids), state)
+            ops = [Op(kind="delete", object_id=object_id, stamp=0) for object_id in dict.fromkeys(page)]
+            deleted += await self._change(ops, state)
             if cursor == b"0":
                 return deleted
 
-    async def _page(self, state: str, cursor: bytes) -> tuple[bytes, list[bytes]]:
+    async def _page(self, state: str, cursor: bytes) -> tuple[bytes, list[str]]:
         following, members = await self._ask(state, "page", cursor, PAGE_MEMBERS)
-        return following, members
+        ids = []
+        for member in members:
+            with suppress(UnicodeDecodeError):  # no id of anybody
+                ids.append(member.decode())
+        return following, ids
 
     async def _ask(self, state: str, *question: Arg) -> Any:
         keys = (f"{self._prefix}state:{check_state(state)}",)

@@ -229,8 +229,8 @@ class RedisStore:
         await self._coalescer.aclose()
         await self._line.close()
 
-    async def _change_in(self, ops: Iterable[Op], state: str) -> int:
-        told, refused = await self._send(list(ops), state)
+    async def _change_in(self, ops: Sequence[Op], state: str) -> int:
+        told, refused = await self._send(ops, state)
         for object_id, outcome in told:
             if outcome not in (b"done", b"superseded"):
                 refused[object_id] = StoreError("l2", outcome.decode(errors="replace"))
@@ -269,7 +269,10 @@ class RedisStore:
                 await land()
             script = APPLY if chunk.writes else APPLY_AT_OOM
             flying.append((chunk, self._line.start(script, chunk.keys, (*head, *chunk.args))))
-            await asyncio.sleep(0)  # lets the call reach the socket before the next chunk is packed
+            # The call reaches the socket in its second tick (redis-py sends in a task of its own); only then is the
+            # next chunk packed, while Redis works.
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
         while flying:
             await land()
         return told, refused

@@ -3,6 +3,7 @@
 -- and, for what is written, the value:
 --   J / S  write a document / a string in the state; extra: deadline or ''
 --   j / s  the same as a fill: never past a copy or tombstone of its own stamp or later
+--   U / V  as J / S, but only over an older copy, whose deadline stays: a restate that brings the whole item
 --   D      delete; state: only what is in this state ('' for any)
 --   R      change the state; extra: only what is in this state ('' for any)
 -- Answer, flat, for the exceptions only: index from 0, then 'superseded', 'done' (a delete or restate that changed
@@ -194,10 +195,18 @@ local function put(i, at, state, document, fill, deadline, late)
   return at + 2
 end
 
+-- A restate that brings the whole item: over an older copy alone, whose deadline stays.
+local function put_over(i, at, state, document)
+  if not forms[i] then return at + 2 end
+  local held = redis.call('PEXPIRETIME', KEYS[i])
+  return put(i, at, state, document, false, held > 0 and string.format('%.0f', held), false)
+end
+
 local i, at = 0, 4
 while at <= #ARGV do
   local kind, state, extra, count = ARGV[at], ARGV[at + 1], ARGV[at + 2], tonumber(ARGV[at + 3])
-  local document, fill = kind == 'J' or kind == 'j', kind == 'j' or kind == 's'
+  local document, fill = kind == 'J' or kind == 'j' or kind == 'U', kind == 'j' or kind == 's'
+  local over = kind == 'U' or kind == 'V'
   local deadline = kind ~= 'R' and extra ~= '' and extra
   local late = deadline and tonumber(deadline) <= now
   local usable = kind == 'D' or is_set(state)
@@ -210,6 +219,8 @@ while at <= #ARGV do
       at = at + (kind == 'R' and 1 or 2)
     elseif kind == 'R' then
       at = change(n, at, state, extra)
+    elseif over then
+      at = put_over(n, at, state, document)
     else
       at = put(n, at, state, document, fill, deadline, late)
     end

@@ -134,10 +134,14 @@ local function heads(keys)
     asked[#asked + 1] = '$["stamp","state"]'
     found = call('JSON.MGET', unpack(asked))
   end
+  local last, stamp, state -- unordered items in one state all say the same
   for i, key in ipairs(keys) do
     local said = found[i]
     if said then
-      local stamp, state = find(said, '^%[(%d+),"([^"\\]*)"%]$')
+      if said ~= last then
+        stamp, state = find(said, '^%[(%d+),"([^"\\]*)"%]$')
+        last = said
+      end
       if stamp then
         forms[i], stamps[i], states[i] = DOCUMENT, stamp, state
       else
