@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, SecretStr, ValidationError, model_validator
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -116,6 +116,11 @@ class SyncEngineConfig(BaseSettings):
             raise ConfigError(f"{path}: not valid TOML: {bad}") from None
         overrides = {name for name in cls.model_fields if f"SYNC_ENGINE_{name.upper()}" in os.environ}
         return cls(**{name: value for name, value in told.items() if name not in overrides} | values)
+
+    @field_validator("redis_url", "sql_url", mode="before")
+    @classmethod
+    def _none(cls, value: object) -> object:
+        return None if value == "none" else value  # as in the environment: TOML has no word for it
 
     @model_validator(mode="after")
     def _fill_in(self) -> SyncEngineConfig:

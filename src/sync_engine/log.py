@@ -82,7 +82,11 @@ class WriteAheadLog:
         try:
             folder, found = await asyncio.shield(opening)
         except asyncio.CancelledError:
-            opening.add_done_callback(_give_back)
+            # Given back before the caller goes on, who may want to open it again.
+            try:
+                await asyncio.wait({opening})
+            finally:
+                opening.add_done_callback(_give_back)
             raise
         return cls(folder, found, segment_bytes)
 

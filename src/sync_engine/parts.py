@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Any, cast
 
 from sync_engine.clock import Stamps
 from sync_engine.config import SyncEngineConfig
@@ -149,13 +149,18 @@ class Parts:
         )
 
     async def close(self, timeout_s: float) -> StopReport:
-        """Flush for so long, then close everything."""
+        """Flush for so long, then close everything; a caller who is cancelled cuts the first short, not the second."""
         self.writes.refuse()
         try:
             async with asyncio.timeout(timeout_s):
                 await self.writes.drained()
         except (TimeoutError, NotRunning):
             log.warning("stopping with %d operations not in every tier", len(self.pending))
+        finally:
+            report = await _to_the_end(self._give_back())
+        return report
+
+    async def _give_back(self) -> StopReport:
         self._supervisor.cancel()
         await asyncio.wait({self._supervisor})
         self.writes.abandon(NotRunning("the engine was stopped before the operation was in every tier"))
@@ -179,6 +184,20 @@ class Parts:
 
     def __repr__(self) -> str:
         return " | ".join(map(repr, (self.l1, self.pending, *self._lanes)))
+
+
+async def _to_the_end(work: Coroutine[Any, Any, StopReport]) -> StopReport:
+    """Await work that must not be left half done; a cancellation is passed on when it is over."""
+    task = asyncio.get_running_loop().create_task(work, name="sync-engine close")
+    cancelled: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.wait({task})
+        except asyncio.CancelledError as stopped:
+            cancelled = stopped
+    if cancelled is not None:
+        raise cancelled
+    return task.result()
 
 
 async def build(

@@ -31,7 +31,7 @@ class Gate:
 
         A write larger than the whole bound is let in alone, so that it is slow instead of impossible.
         """
-        if not self._waiting and self._fits(ops, volatile_bytes):
+        if self.has_room(ops, volatile_bytes):
             self.ops += ops
             self.bytes += volatile_bytes
             return
@@ -54,6 +54,15 @@ class Gate:
                 f"{self.ops} of {self._ops_max} operations and {self.bytes} of {self._bytes_max} unlogged bytes "
                 f"are not settled yet, and none were within {self._wait_s:g} s"
             ) from None
+
+    def has_room(self, ops: int, volatile_bytes: int = 0) -> bool:
+        """Whether a write of this size would be let in at once."""
+        return not self._waiting and self._fits(ops, volatile_bytes)
+
+    @property
+    def crowded(self) -> bool:
+        """Whether anybody waits for room."""
+        return bool(self._waiting)
 
     def readmit(self, ops: int, volatile_bytes: int = 0) -> None:
         """Account for what a recovered log already holds, bound or no bound."""

@@ -64,9 +64,13 @@ class WritePath:
         self.truth: Lane | None = None
         self.cache: Lane | None = None
         self._closed = False
+        self._ended: Exception | None = None  # set once nobody works on what is pending any more
+        self._awaited: set[Entry] = set()
         self._begun = 0  # appends to the log, which are answered in order
         self._answered = 0
         self._answers: deque[tuple[int, asyncio.Future[None]]] = deque()
+        self._commits: deque[_Commit] = deque()  # those that are not answered
+        self._conditional: set[Entry] = set()  # those that the truth has not decided
 
     async def write(self, drafts: Sequence[Op], ack: Ack) -> list[Entry]:
         """Accept drafts (stamp 0) that all go to the same tiers; return once ``ack`` is reached.
@@ -77,6 +81,8 @@ class WritePath:
         """
         logged = self._journal is not None and drafts[0].sql
         volatile_bytes = 0 if logged else sum(op.size for op in drafts)
+        if not self._gate.has_room(len(drafts), volatile_bytes):
+            self.hurry()  # what gives room back must not itself wait for company
         await self._gate.enter(len(drafts), volatile_bytes)
         if self._closed:
             self._gate.leave(len(drafts), volatile_bytes)
@@ -92,6 +98,7 @@ class WritePath:
             commit = _Commit(self, entries, at_once=ack is Ack.MEMORY)
             self._journal.append([entry.op for entry in entries], commit.durable, commit.failed)
             self._begun += 1
+            self._commits.append(commit)
             if ack is Ack.MEMORY:
                 self._accept(entries)
             else:
@@ -104,7 +111,19 @@ class WritePath:
         """Hurry these entries through and wait for them; raise what refused the first refused one."""
         self.hurry()
         for entry in entries:
-            await entry.wait_settled()
+            if self._ended is not None and not entry.settled:
+                raise self._ended
+            self._awaited.add(entry)
+            try:
+                await entry.wait_settled()
+            finally:
+                if not entry.waiters:
+                    self._awaited.discard(entry)
+
+    def unseen(self) -> set[str]:
+        """Ids of writes that have begun and no read shows yet: the log, or the truth, has still to answer."""
+        unseen = [entry for commit in self._commits if not commit.at_once for entry in commit.entries]
+        return {entry.op.object_id for entry in (*unseen, *self._conditional) if entry.op.kind != "delete"}
 
     @property
     def volatile(self) -> int:
@@ -119,7 +138,8 @@ class WritePath:
 
     def abandon(self, error: Exception) -> None:
         """The lanes are gone: nobody must wait for them any longer."""
-        for entry in self._pending:
+        self._ended = error
+        for entry in list(self._awaited):
             entry.abandon(error)
         for lane in (self.truth, self.cache):
             if lane is not None:
@@ -147,6 +167,8 @@ class WritePath:
             waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             self._answers.append((self._begun, waiter))
             await waiter
+        if self._ended is not None:
+            raise self._ended
         # An operation passes each lane once, in either order.
         for lane in (self.truth, self.cache, self.truth):
             if lane is not None:
@@ -177,7 +199,7 @@ class WritePath:
 
     async def passed(self, lane: Lane, batch: Sequence[Entry], plan: Plan, applied: Applied) -> None:
         """One tier has answered for a batch: move every entry on."""
-        settled: list[Entry] = []
+        settled: list[tuple[Entry, SyncEngineError | None]] = []
         moved: Lane | None = None
         for entry in batch:
             object_id = entry.op.object_id
@@ -185,16 +207,19 @@ class WritePath:
             refusal = applied.refused.get(object_id) if decides else None
             if refusal is not None:
                 await self._refused(lane, entry, refusal)
-                settled.append(entry)
+                settled.append((entry, refusal))
                 continue
             if entry.conditional:
+                self._conditional.discard(entry)
                 self._make_visible(entry)  # it has happened: from here on reads must see it
             if decides and object_id in applied.superseded:
                 entry.outdone = True  # another engine's newer write stands
             if decides and entry.op.kind == "restate":
                 self._pending.became(entry, _as_applied(plan.spoken[object_id], applied))
             entry.hop += 1
-            onward = self._next_lane(entry)
+            # What the truth has passed by must not go on to Redis, which may have lost the newer copy and its stamp.
+            overtaken = (lane is self.truth and object_id in applied.superseded) or self._overtaken(entry)
+            onward = None if overtaken else self._next_lane(entry)
             if onward is not None:
                 if entry.volatile_bytes:
                     # Redis holds it now; only an older SQL row of it may still have to go.
@@ -206,8 +231,7 @@ class WritePath:
                 onward.batcher.put(entry)
                 moved = onward
             else:
-                entry.settle()
-                settled.append(entry)
+                settled.append((entry, None))
                 if len(self._quarantine):
                     await self._quarantine.overtaken(object_id, entry.op.stamp)
         if moved is not None:
@@ -221,13 +245,15 @@ class WritePath:
         return self.view
 
     async def _refused(self, lane: Lane, entry: Entry, refusal: SyncEngineError) -> None:
+        self._conditional.discard(entry)
         if not isinstance(refusal, VersionConflict):  # a lost compare-and-set is an answer, not a fault
             op = entry.effective()
             await self._quarantine.keep(op, lane.tier.name, str(refusal))
-        entry.settle(refusal)
 
-    def _settle(self, entries: Sequence[Entry]) -> None:
-        for entry in entries:
+    def _settle(self, entries: Sequence[tuple[Entry, SyncEngineError | None]]) -> None:
+        # Those who wait are told here, in one step with the books: they may look at once.
+        for entry, refusal in entries:
+            entry.settle(refusal)
             self._gate.leave(1, entry.volatile_bytes)
             self._seen.touch(entry.op.object_id)
             if entry.visible:
@@ -235,10 +261,11 @@ class WritePath:
             if entry.outdone:
                 self._seen.outdone(entry.op.object_id, entry.op.stamp)
         if self._journal is not None:
-            self._journal.settle([entry.logged.seq for entry in entries if entry.logged is not None])
+            self._journal.settle([entry.logged.seq for entry, _ in entries if entry.logged is not None])
 
     def _answer(self) -> None:
         self._answered += 1
+        self._commits.popleft()
         while self._answers and self._answers[0][0] <= self._answered:
             waiter = self._answers.popleft()[1]
             if not waiter.done():
@@ -246,11 +273,15 @@ class WritePath:
 
     def _accept(self, entries: Sequence[Entry]) -> None:
         for entry in entries:
-            if not entry.conditional:
+            if entry.conditional:
+                self._conditional.add(entry)
+            else:
                 self._make_visible(entry)
             onward = self._next_lane(entry)
             assert onward is not None, "admission lets nothing in that no tier would take"
             onward.batcher.put(entry)
+        if self._gate.crowded:
+            self.hurry()
 
     def _make_visible(self, entry: Entry) -> None:
         entry.visible = True
@@ -263,6 +294,17 @@ class WritePath:
         route = (self.truth, self.cache) if entry.sql_first else (self.cache, self.truth)
         lanes = [lane for lane in route if lane is not None]
         return lanes[entry.hop] if entry.hop < len(lanes) else None
+
+    def _overtaken(self, entry: Entry) -> bool:
+        """Whether a newer write of ours, which skips SQL and so goes to Redis first, has been there already."""
+        newest = self._pending.get(entry.op.object_id)
+        return (
+            newest is not None
+            and newest.op.stamp > entry.op.stamp
+            and entry.op.sql
+            and not newest.op.sql
+            and newest.hop > 0
+        )
 
     def _stamped(self, draft: Op) -> Op:
         stamp = self._stamps.next()
@@ -285,24 +327,24 @@ def _as_applied(op: Op, applied: Applied) -> Op:
 class _Commit:
     """One append to the log, until the log answers."""
 
-    __slots__ = ("_at_once", "_entries", "_path", "done")
+    __slots__ = ("_path", "at_once", "done", "entries")
 
     def __init__(self, path: WritePath, entries: Sequence[Entry], *, at_once: bool) -> None:
         self._path = path
-        self._entries = entries
-        self._at_once = at_once
+        self.entries = entries
+        self.at_once = at_once
         self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def durable(self, records: Sequence[Logged]) -> None:
         """Called on the loop, in append order: what is durable becomes visible even if its caller is gone."""
         path = self._path
-        for entry, record in zip(self._entries, records, strict=True):
+        for entry, record in zip(self.entries, records, strict=True):
             entry.logged = record
-        late = [record.seq for entry, record in zip(self._entries, records, strict=True) if entry.settled]
+        late = [record.seq for entry, record in zip(self.entries, records, strict=True) if entry.settled]
         if late and path._journal is not None:
             path._journal.settle(late)
-        if not self._at_once:
-            path._accept(self._entries)
+        if not self.at_once:
+            path._accept(self.entries)
         path._answer()
         if not self.done.done():
             self.done.set_result(None)
@@ -311,9 +353,9 @@ class _Commit:
         """Called on the loop: nothing of this append counts as logged."""
         path = self._path
         path._answer()
-        if self._at_once:
+        if self.at_once:
             return  # accepted in memory and on its way to the tiers; MEMORY promised no more
-        path._gate.leave(len(self._entries))
+        path._gate.leave(len(self.entries))
         if not self.done.done():
             self.done.set_exception(
                 error if isinstance(error, SyncEngineError) else StoreError("log", f"{type(error).__name__}: {error}")

@@ -116,7 +116,11 @@ class Entry:
         if not self.settled:
             waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             self.waiters.append(waiter)
-            await waiter
+            try:
+                await waiter
+            finally:
+                if waiter in self.waiters:
+                    self.waiters.remove(waiter)
         if self.error is not None:
             raise self.error
 

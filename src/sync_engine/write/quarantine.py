@@ -1,6 +1,7 @@
 """Operations that a tier refused: kept on disk with the reason, out of the way of everything else.
 
-One file per operation, named by its stamp, written whole and synced before the log may forget it.
+One file per operation, named by its stamp, written whole and synced before the log may forget it. Of several
+refused operations on one id the newest counts, as everywhere.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 import msgspec
 
 from sync_engine.item import Op, SyncItem
-from sync_engine.log_record import decode_op, encode_op
+from sync_engine.log_record import BadRecord, decode_op, encode_op
 
 __all__ = ["Quarantine", "Quarantined"]
 
@@ -42,24 +43,26 @@ class Quarantine:
 
     async def open(self) -> None:
         """Read what earlier runs left."""
-        for refused in await asyncio.to_thread(self._read_all):
-            known = self._held.get(refused.op.object_id)
-            if known is None or known.op.stamp <= refused.op.stamp:
-                self._held[refused.op.object_id] = refused
+        self._held = await asyncio.to_thread(self._read_all)
 
     async def keep(self, op: Op, tier: str, reason: str) -> None:
-        """Store one refused operation; on return it survives a crash."""
+        """Store one refused operation; on return it survives a crash. It replaces an older one of its id."""
         log.error("%s refused %s of %r: %s; it is quarantined", tier, op.kind, op.object_id, reason)
+        older = self._held.get(op.object_id)
+        if older is not None and older.op.stamp > op.stamp:
+            return  # refused late by another tier: the newer one is what readers are answered with
         refused = Quarantined(op, tier, reason)
         # Writing is finished even if the engine is being stopped: the log forgets the record next.
         await asyncio.shield(asyncio.ensure_future(asyncio.to_thread(self._write, refused)))
         self._held[op.object_id] = refused
+        if older is not None and older.op.stamp < op.stamp:
+            await asyncio.to_thread(self._remove, older)
 
     async def overtaken(self, object_id: str, stamp: int) -> None:
         """A newer operation on this id is stored: the refused one has no effect any more."""
         held = self._held.get(object_id)
         if held is not None and held.op.stamp < stamp:
-            await asyncio.to_thread(self._path(held.op.stamp).unlink, missing_ok=True)
+            await asyncio.to_thread(self._remove, held)
             del self._held[object_id]
 
     def get(self, object_id: str) -> Quarantined | None:
@@ -90,15 +93,30 @@ class Quarantine:
             file.flush()
             os.fsync(file.fileno())
         draft.replace(path)
+        self._sync_folder()
+
+    def _remove(self, refused: Quarantined) -> None:
+        self._path(refused.op.stamp).unlink(missing_ok=True)
+        # A file that a power failure brought back would answer reads with an old item.
+        self._sync_folder()
+
+    def _sync_folder(self) -> None:
         folder = os.open(self._folder, os.O_RDONLY)
         try:
             os.fsync(folder)
         finally:
             os.close(folder)
 
-    def _read_all(self) -> list[Quarantined]:
-        found = []
-        for path in sorted(self._folder.glob("*.op")):
-            tier, reason, record = msgspec.msgpack.decode(path.read_bytes(), type=tuple[str, str, bytes])
-            found.append(Quarantined(decode_op(record), tier, reason))
-        return found
+    def _read_all(self) -> dict[str, Quarantined]:
+        newest: dict[str, Quarantined] = {}
+        for path in sorted(self._folder.glob("*.op")):  # by stamp ascending
+            try:
+                tier, reason, record = msgspec.msgpack.decode(path.read_bytes(), type=tuple[str, str, bytes])
+                op = decode_op(record)
+            except (msgspec.DecodeError, BadRecord) as damaged:
+                log.error("%s cannot be read: %s", path, damaged)  # noqa: TRY400 - the place in the decoder says nothing
+                continue
+            if (older := newest.get(op.object_id)) is not None:
+                self._remove(older)  # a crash came between the newer file and this removal
+            newest[op.object_id] = Quarantined(op, tier, reason)
+        return newest
