@@ -144,7 +144,7 @@ SECRETS = frozenset({"redis_url", "sql_url"})
 def _told(error: Any) -> str:
     field = ".".join(str(part) for part in error["loc"]) or "configuration"
     given = "" if field in SECRETS or error["type"] in ("value_error", "extra_forbidden") else f" = {error['input']!r}"
-    return f"{field}{given}: {error['msg']}"
+    return f"{field}{given}: {error['msg'].removeprefix('Value error, ')}"
 
 
 def _existing(path: str | Path) -> Path:
