@@ -1,8 +1,8 @@
 """Runs the examples of README.md and docs/: one test per block.
 
 - A ``python`` block runs in an empty folder; ``await``, ``async with`` and ``async for`` may stand at its top.
-- In a ``console`` block, every line that begins with ``$ sync-engine`` runs in bash, in one empty folder per block,
-  and must exit with 0. The output shown is compared where ``<!-- output compared -->`` stands above the block.
+- In a ``console`` block, every command that begins with ``sync-engine``, or pipes into it, runs in bash, in one empty
+  folder per block, and must exit with 0. The output shown is compared where ``<!-- output compared -->`` stands above.
 - ``<!-- not executed: reason -->`` above a block leaves it out.
 """
 
@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 FENCE = re.compile(r"(?P<indent> *)(?P<ticks>`{3,}|~{3,})(?P<language>[\w-]*)")
 NOT_EXECUTED = re.compile(r"<!-- not executed: \S.*-->")
 COMPARED = "<!-- output compared -->"
-COMMAND = "$ sync-engine"
+COMMAND = re.compile(r"(^|\| *)sync-engine\b")
 COMMAND_TIMEOUT_S = 100
 
 
@@ -77,8 +77,22 @@ def executed() -> list[Block]:
     return [block for block in blocks if not NOT_EXECUTED.fullmatch(block.above)]
 
 
+def commands_of(block: Block) -> list[tuple[str, str]]:
+    """The sync-engine commands of a console block, each with the output shown below it."""
+    found: list[tuple[str, str]] = []
+    lines = iter(block.text.splitlines())
+    for line in lines:
+        if line.startswith("$ "):
+            while line.endswith("\\"):
+                line += "\n" + next(lines)
+            found.append((line.removeprefix("$ "), ""))
+        elif found:
+            found[-1] = (found[-1][0], found[-1][1] + line + "\n")
+    return [(command, shown) for command, shown in found if COMMAND.search(command)]
+
+
 PYTHON = [block for block in executed() if block.language == "python"]
-CONSOLE = [block for block in executed() if block.language == "console" and COMMAND in block.text]
+CONSOLE = [block for block in executed() if block.language == "console" and commands_of(block)]
 
 
 @pytest.mark.parametrize("block", PYTHON, ids=str)
@@ -134,8 +148,12 @@ def test_a_failing_example_fails_at_its_line_in_the_document() -> None:
 
 
 def test_commands_and_the_output_shown_below_them_belong_together() -> None:
-    block = Block("x.md", 1, "console", "$ sync-engine get a\n1\n2\n$ ls\nb\n$ sync-engine put \\\n  c\n", "")
-    assert list(commands_of(block)) == [("sync-engine get a", "1\n2\n"), ("sync-engine put \\\n  c", "")]
+    text = "$ sync-engine get a\n1\n2\n$ ls\nb\n$ sync-engine put \\\n  c\n$ cat | sync-engine put d\n$ ls sync-engine"
+    assert commands_of(Block("x.md", 1, "console", text, "")) == [
+        ("sync-engine get a", "1\n2\n"),
+        ("sync-engine put \\\n  c", ""),
+        ("cat | sync-engine put d", ""),
+    ]
 
 
 def compiled(block: Block) -> CodeType:
@@ -162,17 +180,3 @@ def run(code: CodeType) -> None:
         await eval(code, names)  # noqa: S307 - the same, for code with a top-level await
 
     asyncio.run(main())
-
-
-def commands_of(block: Block) -> list[tuple[str, str]]:
-    """The sync-engine commands of a console block, each with the output shown below it."""
-    found: list[tuple[str, str]] = []
-    lines = iter(block.text.splitlines())
-    for line in lines:
-        if line.startswith("$ "):
-            while line.endswith("\\"):
-                line += "\n" + next(lines)
-            found.append((line.removeprefix("$ "), ""))
-        elif found:
-            found[-1] = (found[-1][0], found[-1][1] + line + "\n")
-    return [(command, shown) for command, shown in found if f"$ {command}".startswith(COMMAND)]
