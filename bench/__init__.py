@@ -1,0 +1,1 @@
+"""How fast, against what: one file per question, each answered beside its baseline in the same run."""

@@ -1,0 +1,47 @@
+"""Every question of `python -m bench` runs end to end and finds that its contenders did the same work; no times."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_every_question_is_answered_in_a_quick_run() -> None:
+    said = _bench("--quick")
+    assert said.returncode == 0, said.stderr
+    answers = [line for line in said.stdout.splitlines() if line.startswith("| ")][1:]
+    assert [line.count("|") for line in answers] == [10] * len(answers), said.stdout
+    for asked in (
+        "put_batch",
+        "own script",
+        "single `RedisStore.get`",
+        "L1 hit",
+        "Ack.LOGGED",
+        "all stored",
+        "cost per",
+    ):
+        assert any(asked in answer for answer in answers), said.stdout
+    assert "written" not in said.stdout, "only a complete run at full size is a result"
+
+
+def test_an_unknown_question_is_refused() -> None:
+    said = _bench("--quick", "no_such_question")
+    assert said.returncode == 2
+    assert "no such question: no_such_question" in said.stderr
+
+
+def _bench(*args: str) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join([str(ROOT / "src"), str(ROOT)])
+    return subprocess.run(
+        [sys.executable, "-m", "bench", *args],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
