@@ -71,9 +71,9 @@ class SyncEngineConfig(BaseSettings):
     batch_flush_ms: int = Field(100, ge=0, le=60_000)
     """Longest time a write waits for company before it is flushed; 0: flushed at once."""
     batch_flush_count: int = Field(1_000, ge=1, le=100_000)
-    """Operations that trigger a flush, and the most one flush takes."""
+    """Operations that trigger a flush; a backlog is taken up to four times as many at once."""
     batch_flush_bytes: int = Field(MIB, ge=1)
-    """Bytes that trigger a flush, and the most one flush takes beyond its first operation."""
+    """Bytes that trigger a flush; a backlog is taken up to four times as many at once."""
 
     wal_path: Path | None = None
     """Folder of the log; default ``data_dir/log``. One engine owns it at a time."""
@@ -91,6 +91,8 @@ class SyncEngineConfig(BaseSettings):
             super().__init__(**values)
         except ValidationError as bad:
             raise ConfigError("; ".join(map(_told, bad.errors(include_url=False)))) from None
+        except ValueError as bad:  # not TOML, or not UTF-8: the file that SYNC_ENGINE_CONFIG names
+            raise ConfigError(f"{os.environ.get('SYNC_ENGINE_CONFIG')}: not valid TOML: {bad}") from None
 
     @classmethod
     def settings_customise_sources(
@@ -112,7 +114,7 @@ class SyncEngineConfig(BaseSettings):
 
         try:
             told = tomllib.loads(_existing(path).read_text())
-        except tomllib.TOMLDecodeError as bad:
+        except ValueError as bad:  # a TOMLDecodeError, or not UTF-8
             raise ConfigError(f"{path}: not valid TOML: {bad}") from None
         overrides = {name for name in cls.model_fields if f"SYNC_ENGINE_{name.upper()}" in os.environ}
         return cls(**{name: value for name, value in told.items() if name not in overrides} | values)

@@ -119,8 +119,15 @@ class SyncEngine:
 
     async def delete_many(self, ids: Iterable[str], *, ack: Ack | None = None) -> int:
         """Delete items from every tier; returns how many there were."""
-        known = await self._on().reader.known(list(ids))
-        drafts = [self._admission.delete(object_id) for object_id, there in known.items() if there is not False]
+        parts = self._on()
+        # Also what nobody has seen yet: its caller may have given up, and mean it to be gone.
+        unseen = parts.writes.unseen()
+        known = await parts.reader.known(list(ids))
+        drafts = [
+            self._admission.delete(object_id)
+            for object_id, there in known.items()
+            if there is not False or object_id in unseen
+        ]
         await self._write(drafts, self._admission.ack(ack))
         return len(drafts)
 
@@ -230,7 +237,7 @@ class SyncEngine:
         return f"<SyncEngine running | {self._running!r}>" if self._running else f"<SyncEngine: {self._why_not}>"
 
     async def _write(self, drafts: Sequence[Op], ack: Ack) -> list[Receipt]:
-        receipts: list[Receipt] = []
+        receipts = []
         size = min(PAGE, self.config.wal_max_items)
         for start in range(0, len(drafts), size):
             writes = self._on().writes

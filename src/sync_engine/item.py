@@ -75,6 +75,7 @@ class SyncItem(_Head, frozen=True, kw_only=True, eq=False, gc=False):
     sql_only: bool = False
     _form: int = 0  # 0 unchecked, 1 valid JSON, 2 canonical JSON: spares a second parse
     _hash: str = ""
+    _size: int = 0
 
     def __post_init__(self) -> None:
         check_id(self.object_id)
@@ -139,10 +140,13 @@ class SyncItem(_Head, frozen=True, kw_only=True, eq=False, gc=False):
     @property
     def size(self) -> int:
         """What the item counts in every byte bound: content, texts, and a fixed overhead."""
+        if self._size:
+            return self._size
         size = _SIZE_OVERHEAD + len(self.content) + _width(self.object_id)
         for label in (self.trace_parent, self.trace_state, self.home_instance_id):
             if label is not None:
                 size += _width(label)
+        force_setattr(self, "_size", size)
         return size
 
     def with_state(self, state: str) -> SyncItem:
@@ -159,7 +163,7 @@ class SyncItem(_Head, frozen=True, kw_only=True, eq=False, gc=False):
             changes = {"content_type": None, "_form": 0, "_hash": "", **changes}
         elif "content_type" in changes:
             changes = {"_form": 0, **changes}
-        return msgspec.structs.replace(self, **changes)
+        return msgspec.structs.replace(self, _size=0, **changes)
 
     def _told(self) -> tuple[object, ...]:
         return (

@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from queue import Empty, SimpleQueue
 
+import msgspec
+
 from sync_engine.errors import TierUnavailable
 from sync_engine.item import Op
 from sync_engine.log_folder import Folder, position, unavailable, write_all
@@ -33,8 +35,7 @@ GROUP_BYTES_MAX = 4 * 1024 * 1024
 _NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
-@dataclass(slots=True, eq=False)
-class Append:
+class Append(msgspec.Struct, eq=False):
     """Operations that become durable together, with whom to tell."""
 
     ops: Sequence[Op]

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from datetime import timedelta
 from enum import Enum, IntEnum
 
+import msgspec
+
 from sync_engine.errors import InvalidItem
 from sync_engine.item import check_state
 
@@ -47,8 +49,13 @@ def ttl_ms(ttl: Ttl, field: str = "ttl") -> int:
     if isinstance(seconds, bool) or not isinstance(seconds, int | float):
         raise InvalidItem(field, f"a {type(ttl).__name__}", "must be a number of seconds or a timedelta")
     if not 1 <= seconds <= TTL_SECONDS_MAX:  # also refuses NaN
-        raise InvalidItem(field, f"{seconds!r} s", f"must be from 1 to {TTL_SECONDS_MAX} seconds")
+        raise InvalidItem(field, f"{_shown(seconds)} s", f"must be from 1 to {TTL_SECONDS_MAX} seconds")
     return round(seconds * 1000)
+
+
+def _shown(value: object) -> str:
+    # An integer of thousands of digits cannot be written out: Python refuses, with an error that is none of ours.
+    return f"an integer of {value.bit_length()} bits" if type(value) is int and abs(value) >= 2**128 else repr(value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +88,7 @@ class SubmitOptions:
             check_state(self.state)
         if self.if_version is not None:
             if type(self.if_version) is not int or not 0 <= self.if_version < 2**63:
-                raise InvalidItem("if_version", repr(self.if_version), "must be an integer from 0 to 2^63-1")
+                raise InvalidItem("if_version", _shown(self.if_version), "must be an integer from 0 to 2^63-1")
             if not self.sql:
                 raise InvalidItem("if_version", f"{self.if_version} with sql=False", "compares against the truth")
 
@@ -96,8 +103,7 @@ class SubmitOptions:
         return cls(redis=False)
 
 
-@dataclass(frozen=True, slots=True, repr=False)
-class Receipt:
+class Receipt(msgspec.Struct, frozen=True, eq=False):
     """Proof of one accepted write. ``ack`` is what had been reached when ``submit`` returned."""
 
     object_id: str

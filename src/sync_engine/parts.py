@@ -109,8 +109,11 @@ class Parts:
         """The truth, once it has everything accepted so far. Raises ``TierUnavailable`` if it is in trouble."""
         if self.l3 is None or self.writes.truth is None:
             raise TierNotConfigured("sql_url", "None", "scans and state queries of items need a truth")
+        await self.writes.queued()  # what Ack.MEMORY accepted is shown before the log has it
+        # Looked up before any wait: what Redis takes meanwhile queues for the truth behind our place in its line.
+        leaving = self.writes.leaving_sql()
         await self.writes.truth.current()
-        if self.writes.cache is not None and (leaving := self.writes.leaving_sql()):
+        if self.writes.cache is not None and leaving:
             # What Redis alone keeps goes there first; until then its older row still stands in the truth.
             try:
                 await self.writes.cache.current()

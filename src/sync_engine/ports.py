@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
+import msgspec
+
 from sync_engine.errors import Corruption, SyncEngineError
 from sync_engine.item import Op, SyncItem
 
@@ -147,8 +149,7 @@ class Truth(Tier, Scans, Protocol):
         ...
 
 
-@dataclass(slots=True)
-class Logged:
+class Logged(msgspec.Struct, eq=False, gc=False):
     """One log record as its keeper sees it: the operation, and where the log holds it."""
 
     op: Op

@@ -54,7 +54,8 @@ class Reader:
         self._clock = clock
         self._promotion_ttl_ms = promotion_ttl_ms
         self._flights: Coalescer[Answer] = Coalescer(self._fetch)
-        self._watching: list[set[str]] = []  # per running fetch: ids written since it began
+        # Per running fetch: ids written since it began. By identity: two sets that are equal now are not the same.
+        self._watching: dict[int, set[str]] = {}
         self._fills: set[asyncio.Task[None]] = set()
 
     async def get(self, object_id: str, *, stale_ok: bool = False) -> SyncItem | None:
@@ -166,7 +167,7 @@ class Reader:
         between and found the old copy is covered too.
         """
         if self._watching:
-            for touched in self._watching:
+            for touched in self._watching.values():
                 touched.add(object_id)
             self._flights.forget(object_id)
 
@@ -226,11 +227,11 @@ class Reader:
     async def _fetch(self, ids: Sequence[str]) -> dict[str, Answer]:
         """Ask L2, then L3 for what L2 lacks; an id in no answer is absent from both."""
         touched: set[str] = set()
-        self._watching.append(touched)
+        self._watching[id(touched)] = touched
         try:
             answers, lift, mend = await self._ask(ids)
         finally:
-            self._watching.remove(touched)
+            del self._watching[id(touched)]
         for object_id, answer in answers.items():
             if isinstance(answer, SyncItem):
                 self._observe(answer.stamp)

@@ -14,6 +14,8 @@ import random
 from dataclasses import dataclass
 from operator import itemgetter
 
+import msgspec
+
 from sync_engine.errors import ConfigError
 from sync_engine.item import SyncItem
 from sync_engine.ports import Clock
@@ -68,18 +70,15 @@ class L1Stats:
     expired: int
 
 
-class _Entry:
+class _Entry(msgspec.Struct, eq=False, gc=False):  # many, long-lived, in no cycle: not worth a look of the collector
     """One item and what is known of its use; ``place`` is its index in the list that samples are drawn from."""
 
-    __slots__ = ("deadline_ms", "hits", "item", "place", "size", "used_s")
-
-    def __init__(self, item: SyncItem, size: int, deadline_ms: int | None, used_s: float, hits: int) -> None:
-        self.item = item
-        self.size = size
-        self.deadline_ms = deadline_ms
-        self.used_s = used_s
-        self.hits = hits
-        self.place = -1
+    item: SyncItem
+    size: int
+    deadline_ms: int | None
+    used_s: float
+    hits: int
+    place: int
 
 
 class L1Cache:
@@ -152,8 +151,7 @@ class L1Cache:
             return False
         self._now_s = self._clock.monotonic()
         # Just used and used once: the newest data must not look like the oldest.
-        entry = _Entry(item, size, deadline_ms, self._now_s, hits)
-        entry.place = len(self._places)
+        entry = _Entry(item, size, deadline_ms, self._now_s, hits, len(self._places))
         self._places.append(entry)
         self._entries[object_id] = entry
         self._bytes += size

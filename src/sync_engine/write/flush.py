@@ -49,7 +49,7 @@ def plan_flush(batch: Sequence[Entry], keeps: Callable[[Op], bool]) -> Plan:
     erase: list[Op] = []
     spoken = {object_id: decides[object_id].effective() for object_id in sorted(decides)}
     for object_id, op in spoken.items():
-        if op.kind == "put" and not keeps(op):
+        if op.kind != "delete" and not keeps(op):
             erase.append(Op(kind="delete", object_id=object_id, stamp=op.stamp))
         else:
             ops.append(op)

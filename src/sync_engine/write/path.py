@@ -70,6 +70,7 @@ class WritePath:
         self._answered = 0
         self._answers: deque[tuple[int, asyncio.Future[None]]] = deque()
         self._commits: deque[_Commit] = deque()  # those that are not answered
+        self._behind: deque[tuple[int, Sequence[Entry]]] = deque()  # unlogged, shown, waiting for those commits
         self._conditional: set[Entry] = set()  # those that the truth has not decided
 
     async def write(self, drafts: Sequence[Op], ack: Ack) -> list[Entry]:
@@ -92,7 +93,12 @@ class WritePath:
         if not logged:
             for entry in entries:
                 entry.volatile_bytes = entry.size
-            self._accept(entries)
+            self._show(entries)
+            if self._commits:
+                # What the log is still writing was stamped before, and must not reach a tier after.
+                self._behind.append((self._begun, entries))
+            else:
+                self._send(entries)
         else:
             assert self._journal is not None
             commit = _Commit(self, entries, at_once=ack is Ack.MEMORY)
@@ -100,7 +106,7 @@ class WritePath:
             self._begun += 1
             self._commits.append(commit)
             if ack is Ack.MEMORY:
-                self._accept(entries)
+                self._show(entries)
             else:
                 await commit.done
         if ack is Ack.STORED:
@@ -109,6 +115,7 @@ class WritePath:
 
     async def settled(self, entries: Sequence[Entry]) -> None:
         """Hurry these entries through and wait for them; raise what refused the first refused one."""
+        await self.queued()
         self.hurry()
         for entry in entries:
             if self._ended is not None and not entry.settled:
@@ -134,7 +141,11 @@ class WritePath:
         """Ids of pending items that skip SQL; an older row of theirs is still to go. Free where no log is skipped."""
         if not self._gate.bytes:
             return []
-        return [entry.op.object_id for entry in self._pending if entry.volatile_bytes]
+        return [
+            entry.op.object_id
+            for entry in self._pending
+            if entry.volatile_bytes or (entry.base is not None and entry.base.volatile_bytes)
+        ]
 
     def abandon(self, error: Exception) -> None:
         """The lanes are gone: nobody must wait for them any longer."""
@@ -161,12 +172,16 @@ class WritePath:
         """Accept nothing more, not even from callers who wait for room."""
         self._closed = True
 
-    async def drained(self) -> None:
-        """Wait until everything written before this call is settled or quarantined."""
+    async def queued(self) -> None:
+        """Wait until the log has answered for everything written before this call, which is then with the lanes."""
         if self._answered < self._begun:
             waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             self._answers.append((self._begun, waiter))
             await waiter
+
+    async def drained(self) -> None:
+        """Wait until everything written before this call is settled or quarantined."""
+        await self.queued()
         if self._ended is not None:
             raise self._ended
         # An operation passes each lane once, in either order.
@@ -218,7 +233,11 @@ class WritePath:
                 self._pending.became(entry, _as_applied(plan.spoken[object_id], applied))
             entry.hop += 1
             # What the truth has passed by must not go on to Redis, which may have lost the newer copy and its stamp.
-            overtaken = (lane is self.truth and object_id in applied.superseded) or self._overtaken(entry)
+            overtaken = self._overtaken(entry) or (
+                lane is self.truth
+                and object_id in applied.superseded
+                and self._pending.get(object_id) is plan.decides[object_id]  # else a newer one of ours follows it there
+            )
             onward = None if overtaken else self._next_lane(entry)
             if onward is not None:
                 if entry.volatile_bytes:
@@ -266,28 +285,44 @@ class WritePath:
     def _answer(self) -> None:
         self._answered += 1
         self._commits.popleft()
+        while self._behind and self._behind[0][0] <= self._answered:
+            self._send(self._behind.popleft()[1])
         while self._answers and self._answers[0][0] <= self._answered:
             waiter = self._answers.popleft()[1]
             if not waiter.done():
                 waiter.set_result(None)
 
     def _accept(self, entries: Sequence[Entry]) -> None:
+        self._show(entries)
+        self._send(entries)
+
+    def _show(self, entries: Sequence[Entry]) -> None:
         for entry in entries:
             if entry.conditional:
                 self._conditional.add(entry)
             else:
                 self._make_visible(entry)
+
+    def _send(self, entries: Sequence[Entry]) -> None:
+        for entry in entries:
             onward = self._next_lane(entry)
             assert onward is not None, "admission lets nothing in that no tier would take"
             onward.batcher.put(entry)
+            if entry.waiters:
+                onward.batcher.hurry()
         if self._gate.crowded:
             self.hurry()
 
     def _make_visible(self, entry: Entry) -> None:
         entry.visible = True
         told = entry.op  # as it is before the index leaves its value to the log
-        if self._pending.add(entry):
+        shown = self._pending.add(entry)
+        if shown is entry:
             self._seen.written(told if told.kind == "put" else entry.effective())
+        elif shown is not None:
+            # A change of state was shown before the write it follows: what L1 has of the id is older than both.
+            self._seen.touch(told.object_id)
+            self._seen.outdone(told.object_id, shown.op.stamp)
 
     def _next_lane(self, entry: Entry) -> Lane | None:
         # What SQL keeps goes there first; what Redis alone keeps must be readable before its row goes.
@@ -308,20 +343,21 @@ class WritePath:
 
     def _stamped(self, draft: Op) -> Op:
         stamp = self._stamps.next()
-        if draft.item is None:
-            return replace(draft, stamp=stamp)
-        # A copy of a frozen, already checked item: the engine's own notes on it are all that changes.
-        item = copy.copy(draft.item)
-        force_setattr(item, "stamp", stamp)
-        force_setattr(item, "expires_at", None if draft.sql else draft.redis_expires_at)
-        force_setattr(item, "sql_only", not draft.redis)
-        return replace(draft, stamp=stamp, item=item)
+        # A draft is ours alone. The item is the caller's: a copy of it gets the engine's notes, and no second check.
+        force_setattr(draft, "stamp", stamp)
+        if draft.item is not None:
+            item = copy.copy(draft.item)
+            force_setattr(item, "stamp", stamp)
+            force_setattr(item, "expires_at", None if draft.sql else draft.redis_expires_at)
+            force_setattr(item, "sql_only", not draft.redis)
+            force_setattr(draft, "item", item)
+        return draft
 
 
 def _as_applied(op: Op, applied: Applied) -> Op:
     """A restate that the truth has answered carries the whole item, which is what Redis is to show."""
     restated = applied.restated.get(op.object_id)
-    return op if restated is None else replace(op, item=restated)
+    return op if restated is None else replace(op, item=restated, redis=not restated.sql_only)
 
 
 class _Commit:
@@ -338,12 +374,17 @@ class _Commit:
     def durable(self, records: Sequence[Logged]) -> None:
         """Called on the loop, in append order: what is durable becomes visible even if its caller is gone."""
         path = self._path
+        late = []
         for entry, record in zip(self.entries, records, strict=True):
             entry.logged = record
-        late = [record.seq for entry, record in zip(self.entries, records, strict=True) if entry.settled]
+            if entry.settled:
+                late.append(record.seq)
         if late and path._journal is not None:
             path._journal.settle(late)
-        if not self.at_once:
+        if self.at_once:
+            # Not before: were it in one tier and killed before the next, no log would say that they differ.
+            path._send(self.entries)
+        else:
             path._accept(self.entries)
         path._answer()
         if not self.done.done():
@@ -352,9 +393,11 @@ class _Commit:
     def failed(self, error: Exception) -> None:
         """Called on the loop: nothing of this append counts as logged."""
         path = self._path
-        path._answer()
         if self.at_once:
-            return  # accepted in memory and on its way to the tiers; MEMORY promised no more
+            path._send(self.entries)  # accepted in memory; MEMORY promised no more
+            path._answer()
+            return
+        path._answer()
         path._gate.leave(len(self.entries))
         if not self.done.done():
             self.done.set_exception(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 
+import msgspec
 from msgspec import structs
 
 from sync_engine.item import Op, SyncItem
@@ -17,37 +18,25 @@ from sync_engine.ports import Logged
 __all__ = ["Entry", "PendingIndex", "overlay"]
 
 
-class Entry:
+class Entry(msgspec.Struct, eq=False):
     """One operation on its way to the tiers."""
 
-    __slots__ = (
-        "base",
-        "error",
-        "hop",
-        "logged",
-        "op",
-        "outdone",
-        "settled",
-        "size",
-        "sql_first",
-        "visible",
-        "volatile_bytes",
-        "waiters",
-    )
+    op: Op
+    logged: Logged | None = None
+    size: int = 0
+    sql_first: bool = True  # what SQL keeps goes there first
+    hop: int = 0  # how many tiers of its route it has passed
+    volatile_bytes: int = 0  # what it counts at the gate: bytes that no log holds
+    visible: bool = False  # whether the index knows it; a conditional one waits for the truth
+    outdone: bool = False  # a tier held a newer write, of another engine
+    settled: bool = False
+    error: Exception | None = None
+    base: Entry | None = None  # the put whose state this restate changes, while that is pending too
+    waiters: list[asyncio.Future[None]] = []  # a new list for each, as msgspec does it
 
-    def __init__(self, op: Op, logged: Logged | None = None) -> None:
-        self.op = op
-        self.size = op.size
-        self.logged = logged
-        self.sql_first = op.sql  # what SQL keeps goes there first
-        self.hop = 0  # how many tiers of its route it has passed
-        self.volatile_bytes = 0  # what it counts at the gate: bytes that no log holds
-        self.visible = False  # whether the index knows it; a conditional one waits for the truth
-        self.outdone = False  # a tier held a newer write, of another engine
-        self.settled = False
-        self.error: Exception | None = None
-        self.base: Entry | None = None  # the put whose state this restate changes, while that is pending too
-        self.waiters: list[asyncio.Future[None]] = []
+    def __post_init__(self) -> None:
+        self.size = self.op.size
+        self.sql_first = self.op.sql
 
     @property
     def conditional(self) -> bool:
@@ -137,24 +126,33 @@ class PendingIndex:
         self.memory_bytes = 0
         self.entries = 0
 
-    def add(self, entry: Entry) -> bool:
-        """Take the entry in; False if a newer operation on its id is already known."""
+    def add(self, entry: Entry) -> Entry | None:
+        """Take the entry in; the entry that now tells something new of its id, None where a newer one stands.
+
+        That is another one where a change of state was known before the put that it follows.
+        """
         self.entries += 1
         op = entry.op
         held = self._newest.get(op.object_id)
-        newer = held is None or held.op.stamp <= op.stamp
-        if newer:
+        shown: Entry | None = None
+        if held is None or held.op.stamp <= op.stamp:
+            shown = entry
             if op.kind == "restate" and held is not None:
                 base = held if held.op.kind == "put" else held.base
                 if base is not None and not base.settled:
                     entry.base = base
+                    # Behind its put in every tier: before it, it would bring an older row back to life.
+                    entry.sql_first = base.sql_first
             self._newest[op.object_id] = entry
+        elif op.kind == "put" and held.op.kind == "restate" and (held.base is None or held.base.op.stamp < op.stamp):
+            held.base = entry
+            shown = held
         if op.item is not None:
             if entry.reloadable and self.memory_bytes + entry.size > self._memory_bytes_max:
                 entry.release_value()
             else:
                 self.memory_bytes += entry.size
-        return newer
+        return shown
 
     def release(self, entry: Entry) -> None:
         """Give the entry's memory back; the entry itself stays pending."""
