@@ -15,6 +15,15 @@ pytest_plugins = ["sync_engine.testing.fixtures"]
 
 HERE = Path(__file__).parent
 
+FAULT_REPORT_INTRODUCTION = """\
+What the tests under `tests/crash` did to working engines, on a real Redis and SQLite, and what it cost. Written by
+`.venv/bin/pytest tests/crash --fault-report docs/fault-report.md`; the same figures end every `make test`.
+
+A *life* is a process that ran an engine until it was killed or stopped, a *fault* a kill, cut, pause, lock or error
+made on purpose. *Begun* and *acked* operations were noted by another process (`sync_engine.testing.ackjournal`).
+Afterwards every tier is read back: *acked lost*, *stale* (older than the last acknowledged), *phantom* (never was),
+*tiers differ* and *lies* (a read of the working engine that contradicts the writes before it) must be 0."""
+
 # No deadline: the machine is shared, and how long an example takes is a question for bench/. The fixtures that
 # properties use (a server, a fresh prefix) are safe to share between examples.
 settings.register_profile(
@@ -30,6 +39,36 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.is_relative_to(HERE / "crash"):
             item.add_marker(pytest.mark.crash)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """``pytest tests/crash --fault-report docs/fault-report.md`` writes what the crash tests did."""
+    parser.addoption("--fault-report", type=Path, help="write the figures of the crash tests to this Markdown file")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """The crash tests print one line of figures each, which pytest would show for failures alone."""
+    reports = [report for outcome in ("passed", "failed") for report in terminalreporter.stats.get(outcome, [])]
+    printed = [line for report in reports for line in report.capstdout.splitlines()]
+    figures = sorted(line.removeprefix("FIGURES ") for line in printed if line.startswith("FIGURES "))
+    if figures:
+        terminalreporter.section("faults")
+        for line in figures:
+            terminalreporter.write_line(line)
+    if figures and (path := config.getoption("--fault-report")):
+        path.write_text(_fault_report(figures))
+
+
+def _fault_report(figures: list[str]) -> str:
+    parted = [line.rpartition(": ") for line in figures]
+    rows = [(scenario, dict(pair.split("=") for pair in told.split())) for scenario, _, told in parted]
+    names = list(rows[0][1])
+    total = {name: sum(int(told[name]) for _, told in rows) for name in names}
+    table = [("row of the fault matrix, and the scenario", *(name.replace("_", " ") for name in names))]
+    table += [("---", *("--:" for _ in names))]
+    table += [(scenario, *(told[name] for name in names)) for scenario, told in [*rows, ("sum", total)]]
+    lines = [f"| {' | '.join(map(str, cells))} |" for cells in table]
+    return "\n".join(["# Faults", "", FAULT_REPORT_INTRODUCTION, "", *lines, ""])
 
 
 @pytest.fixture(autouse=True)
