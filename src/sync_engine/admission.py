@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from msgspec.structs import replace
+
 from sync_engine.config import SyncEngineConfig
 from sync_engine.errors import InvalidItem, PayloadTooLarge, TierNotConfigured
 from sync_engine.item import Op, SyncItem, check_id
@@ -66,6 +68,11 @@ class Admission:
     def restate(self, object_id: str, state: str) -> Op:
         """The draft of one change of state."""
         return Op(kind="restate", object_id=check_id(object_id), stamp=0, state=state, sql=self._sql)
+
+    def again(self, op: Op, state: str) -> Op:
+        """The draft of a put that no tier has, in another state."""
+        item = op.item.with_state(state) if op.item is not None else None
+        return replace(op, stamp=0, item=item, if_version=None)
 
     def ack(self, ack: Ack | None) -> Ack:
         """What to wait for. Raises ``InvalidItem`` for anything but an ``Ack``."""

@@ -15,8 +15,8 @@ from sync_engine.ports import Clock
 __all__ = ["Stamps", "SystemClock"]
 
 COUNTER_BITS = 16
-STAMP_MAX = 2**63 - 1
-"""SQL keeps stamps in signed 64-bit columns; 47 bits of milliseconds last until the year 6429."""
+STAMP_MAX = 2**62
+"""The year 4199. SQL keeps stamps in signed 64-bit columns; what is near their end is damage, and not to be followed."""
 
 
 class SystemClock:
@@ -48,7 +48,7 @@ class Stamps:
 
     def observe(self, stamp: int) -> None:
         """Never hand out a stamp at or below this one."""
-        if stamp > self.last:
+        if self.last < stamp < STAMP_MAX:
             self.last = stamp
 
     def __repr__(self) -> str:

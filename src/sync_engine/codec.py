@@ -8,6 +8,7 @@ Everything else is one string: our envelope, or the original's JSON text of an i
 from __future__ import annotations
 
 import hashlib
+import re
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -45,22 +46,18 @@ def to_document(item: SyncItem) -> bytes | None:
     if len(content) > 2 * DOCUMENT_DEPTH_MAX and _too_deep(content):
         return None
     exact = (item._form == 2 or is_canonical(content)) and _floats_survive(content)
-    raw = b"" if exact else b'"raw":%b,' % orjson.dumps(content.decode())
-    expires = b"" if item.expires_at is None else b'"expires_at":%d,' % item.expires_at
-    return (
-        b'{"access_count":%d,%b%b"id":%b,"last_accessed":%d,"payload":%b,"payload_hash":"%b",%b'
-        b'"stamp":%d,"state":%b,"timestamp":%d,"version":%d}'
-        % (
+    return _write_document(
+        _Written(
             item.access_count,
             _audit(item),
-            expires,
-            orjson.dumps(item.object_id),
+            msgspec.UNSET if item.expires_at is None else item.expires_at,
+            item.object_id,
             item.last_accessed,
-            content,
-            item.content_hash.encode(),
-            raw,
+            msgspec.Raw(content),
+            item.content_hash,
+            msgspec.UNSET if exact else content.decode(),
             item.stamp,
-            _state(item.state),
+            item.state,
             item.updated_at,
             item.version,
         )
@@ -139,7 +136,7 @@ def read_document(object_id: str, document: bytes) -> Read:
         verified = hashlib.sha256(content).hexdigest() == expected
     if not verified and told.id is not None:
         return Corruption(object_id, expected, actual)
-    audit = told.audit or _NO_AUDIT
+    audit = told.audit
     try:
         item = SyncItem(
             object_id,
@@ -148,11 +145,6 @@ def read_document(object_id: str, document: bytes) -> Read:
             version=told.version,
             updated_at=told.timestamp,
             state=told.state,
-            home_instance_id=audit.home,
-            trace_parent=audit.trace,
-            trace_state=audit.trace_state,
-            batch_id=audit.batch,
-            priority_score=float(audit.priority),
             access_count=told.access_count,
             last_accessed=told.last_accessed,
             stamp=told.stamp,
@@ -160,6 +152,14 @@ def read_document(object_id: str, document: bytes) -> Read:
             _form=form,
             _hash=expected if verified else "",
         )
+        if audit is not None:  # five more arguments cost every other item a third of its making
+            item = item.replace(
+                home_instance_id=audit.home,
+                trace_parent=audit.trace,
+                trace_state=audit.trace_state,
+                batch_id=audit.batch,
+                priority_score=float(audit.priority),
+            )
     except (SyncEngineError, ValueError):
         return None  # beyond our limits: not an item of ours, nor one that the original's SQL could hold
     return item if verified else Unverified(item)
@@ -180,6 +180,23 @@ class _Audit(msgspec.Struct, frozen=True):
     trace: str | None = None
     trace_state: str | None = None
     priority: float | str = 0.0
+
+
+class _Written(msgspec.Struct, gc=False):
+    """The document as it is written, keys in order: msgspec writes it in half the time of a bytes template."""
+
+    access_count: int
+    audit: msgspec.Raw | msgspec.UnsetType
+    expires_at: int | msgspec.UnsetType
+    id: str
+    last_accessed: int
+    payload: msgspec.Raw
+    payload_hash: str
+    raw: str | msgspec.UnsetType
+    stamp: int
+    state: str
+    timestamp: int
+    version: int
 
 
 _ABSENT = msgspec.Raw()
@@ -236,7 +253,7 @@ class _Text(msgspec.Struct):
     expires_at: int | None = None
 
 
-_NO_AUDIT = _Audit()
+_write_document = msgspec.json.Encoder().encode
 _decode_document = msgspec.json.Decoder(_Document).decode
 _decode_text = msgspec.json.Decoder(_Text).decode
 _pack_header = msgspec.msgpack.Encoder().encode
@@ -262,11 +279,11 @@ _POSITIONS = (
 
 # RedisJSON re-writes floats of more than 15 significant digits (13 % of those with 17 change) and those with an
 # exponent. One C pass maps a text to digits `0`, marks `:` and letters, in which both show as fixed patterns; a
-# regular expression takes ten times as long. The same patterns inside a string cost only the space of `raw`.
+# regular expression on the text itself takes ten times as long. The same patterns inside a string cost only the
+# space of `raw`.
 _SHAPE = bytes.maketrans(b"123456789.+-,[]{}", b"000000000000:::::")
-_MINUS, _PLUS, _POINT = b"-+."
 _LONG_NUMBER = b":" + b"0" * 17
-_EXPONENTS = (b"0e00:", b"0e000:", b"0e0000:")
+_has_exponent = re.compile(rb"0e0{2,4}:").search
 
 
 def _too_deep(content: bytes) -> bool:
@@ -279,15 +296,14 @@ def _floats_survive(content: bytes) -> bool:
     """Whether RedisJSON gives every float of this canonical text back as it is written."""
     if content[0] not in b'{["':
         content = b"[%b]" % content
-    # The canonical exponent has a sign. Looking for one byte takes a tenth of the time of looking for two.
-    if (_MINUS in content and b"e-" in content) or (_PLUS in content and b"e+" in content):
-        shape = content.translate(_SHAPE)
-        if any(exponent in shape for exponent in _EXPONENTS):
-            return False
-    return _POINT not in content or _LONG_NUMBER not in content.translate(_SHAPE)
+    shape = content.translate(_SHAPE)
+    # The canonical exponent has a sign, which hexadecimal digits in a string have not.
+    if _has_exponent(shape) and (b"e-" in content or b"e+" in content):
+        return False
+    return _LONG_NUMBER not in shape or b"." not in content
 
 
-def _audit(item: SyncItem) -> bytes:
+def _audit(item: SyncItem) -> msgspec.Raw | msgspec.UnsetType:
     if (
         item.batch_id is None
         and item.home_instance_id is None
@@ -295,13 +311,13 @@ def _audit(item: SyncItem) -> bytes:
         and item.trace_state is None
         and item.priority_score == 0.0
     ):
-        return b""
+        return msgspec.UNSET
     told: dict[str, Any] = {"batch": item.batch_id, "home": item.home_instance_id}
     if item.priority_score != 0.0:
         digits = orjson.dumps(item.priority_score)
         told["priority"] = item.priority_score if _floats_survive(digits) else digits.decode()
     told |= {"trace": item.trace_parent, "trace_state": item.trace_state}
-    return b'"audit":%b,' % orjson.dumps({key: value for key, value in told.items() if value is not None})
+    return msgspec.Raw(orjson.dumps({key: value for key, value in told.items() if value is not None}))
 
 
 @lru_cache(maxsize=256)

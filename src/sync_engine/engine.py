@@ -134,10 +134,16 @@ class SyncEngine:
     async def set_state(self, object_id: str, state: str, *, ack: Ack | None = None) -> bool:
         """Move one item to another state, in every tier; False if it does not exist."""
         check_state(state)
-        known = await self._on().reader.known([object_id])
-        if known[object_id] is False:
+        parts = self._on()
+        unseen = parts.writes.unseen()
+        known = await parts.reader.known([object_id])
+        if known[object_id] is False and object_id not in unseen:
             return False
-        await self._write([self._admission.restate(object_id, state)], self._admission.ack(ack))
+        draft = self._admission.restate(object_id, state)
+        refused = parts.quarantine.get(object_id)
+        if refused is not None and refused.nowhere_else and parts.pending.get(object_id) is None:
+            draft = self._admission.again(refused.op, state)
+        await self._write([draft], self._admission.ack(ack))
         return True
 
     async def flush(self, timeout: float = 30.0) -> None:

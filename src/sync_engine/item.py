@@ -15,7 +15,7 @@ import msgspec
 from msgspec.structs import force_setattr
 
 from sync_engine.errors import InvalidId, InvalidItem, InvalidState, NotJson
-from sync_engine.json_text import JSON_DEPTH_MAX, canonical_json, is_json, looks_like_json
+from sync_engine.json_text import JSON_DEPTH_MAX, canonical_json, json_form, looks_like_json
 
 __all__ = ["ContentType", "Op", "OpKind", "SyncItem", "check_id", "check_state"]
 
@@ -87,30 +87,49 @@ class SyncItem(_Head, frozen=True, kw_only=True, eq=False, gc=False):
             force_setattr(self, "content", content)
         given = self.content_type
         if given is None:
-            force_setattr(self, "content_type", ContentType.JSON if looks_like_json(content) else ContentType.BINARY)
+            form = looks_like_json(content)
+            force_setattr(self, "content_type", ContentType.JSON if form else ContentType.BINARY)
+            force_setattr(self, "_form", form)
         else:
             if type(given) is not ContentType:
                 force_setattr(self, "content_type", given := _content_type(given))
-            if given is ContentType.JSON and not self._form and not is_json(content):
-                raise InvalidItem(
-                    "content", f"{len(content)} bytes", f"is not valid JSON of at most {JSON_DEPTH_MAX} levels"
-                )
-        if self.updated_at is None:
+            if given is ContentType.JSON and not self._form:
+                form = json_form(content)
+                if not form:
+                    rule = f"is not valid JSON of at most {JSON_DEPTH_MAX} levels"
+                    raise InvalidItem("content", f"{len(content)} bytes", rule)
+                force_setattr(self, "_form", form)
+        updated_at, expires_at = self.updated_at, self.expires_at
+        if updated_at is None:
             force_setattr(self, "updated_at", time.time_ns() // 1_000_000)
-        elif type(self.updated_at) is not int or not -INT64_MAX <= self.updated_at <= INT64_MAX:
-            raise InvalidItem("updated_at", _shape(self.updated_at), "must be an integer of 64 bits (epoch ms)")
-        if self.version != 1 or type(self.version) is not int:
-            _check_count("version", self.version)
+        elif type(updated_at) is not int or not -INT64_MAX <= updated_at <= INT64_MAX:
+            raise InvalidItem("updated_at", _shape(updated_at), "must be an integer of 64 bits (epoch ms)")
+        if expires_at is not None and (type(expires_at) is not int or not -INT64_MAX <= expires_at <= INT64_MAX):
+            raise InvalidItem("expires_at", _shape(expires_at), "must be an integer of 64 bits (epoch ms)")
         if self.state != "default":
             check_state(self.state)
-        for name in ("home_instance_id", "trace_parent", "trace_state", "batch_id"):
-            label = getattr(self, name)
-            if label is not None:
-                _check_text(InvalidItem, name, label, LABEL_CHARS_MAX, least=0)
+        # In one condition each, because nearly every item has neither: a loop of its own costs as much as the rest.
+        if (
+            self.home_instance_id is not None
+            or self.trace_parent is not None
+            or self.trace_state is not None
+            or self.batch_id is not None
+        ):
+            for name in ("home_instance_id", "trace_parent", "trace_state", "batch_id"):
+                label = getattr(self, name)
+                if label is not None:
+                    _check_text(InvalidItem, name, label, LABEL_CHARS_MAX, least=0)
         if self.priority_score != 0.0 or type(self.priority_score) is not float:
             _check_score(self)
-        if self.access_count or self.last_accessed or self.stamp:
-            for name in ("access_count", "last_accessed", "stamp"):
+        version, stamp, access_count, last_accessed = self.version, self.stamp, self.access_count, self.last_accessed
+        if not (
+            type(version) is type(stamp) is type(access_count) is type(last_accessed) is int
+            and 0 <= version <= INT64_MAX
+            and 0 <= stamp <= INT64_MAX
+            and 0 <= access_count <= INT64_MAX
+            and 0 <= last_accessed <= INT64_MAX
+        ):
+            for name in ("version", "access_count", "last_accessed", "stamp"):
                 _check_count(name, getattr(self, name))
 
     @classmethod

@@ -12,7 +12,15 @@ import orjson
 
 from sync_engine.errors import InvalidItem
 
-__all__ = ["JSON_DEPTH_MAX", "canonical_json", "is_canonical", "is_json", "json_depth_within", "looks_like_json"]
+__all__ = [
+    "JSON_DEPTH_MAX",
+    "canonical_json",
+    "is_canonical",
+    "is_json",
+    "json_depth_within",
+    "json_form",
+    "looks_like_json",
+]
 
 JSON_DEPTH_MAX = 127
 """Nesting that counts as JSON; deeper content is binary."""
@@ -22,24 +30,34 @@ _WHITE = b" \t\n\r\x0c"
 _OPENERS = (b"{", b"[", b'"')
 
 
-def looks_like_json(content: bytes) -> bool:
-    """Content detection: the whole buffer is one JSON object, array or string (docs/formats.md)."""
+def looks_like_json(content: bytes) -> int:
+    """Content detection: the form of a buffer that is one JSON object, array or string, else 0 (docs/formats.md)."""
     start = content[:1]
     if start not in _OPENERS or not start:
         # Form feed counts as white space here but not in JSON, so such content ends as binary.
         start = content.lstrip(_WHITE)[:1]
         if start not in _OPENERS or not start:
-            return False
-    return is_json(content)
+            return 0
+    return json_form(content)
+
+
+def json_form(content: bytes) -> int:
+    """What the bytes are: 0 no JSON of at most 127 levels with every number in range, 1 such JSON, 2 its canonical text.
+
+    Writing it again takes half the time of the parse, which a later question for the form would have to repeat.
+    """
+    try:
+        value = orjson.loads(content)
+    except orjson.JSONDecodeError:
+        return 0
+    if not json_depth_within(content, value, JSON_DEPTH_MAX):
+        return 0
+    return 2 if orjson.dumps(value, option=_CANONICAL) == content else 1
 
 
 def is_json(content: bytes) -> bool:
     """Whether the bytes are one valid JSON text of at most 127 levels, with every number in range."""
-    try:
-        value = orjson.loads(content)
-    except orjson.JSONDecodeError:
-        return False
-    return json_depth_within(content, value, JSON_DEPTH_MAX)
+    return json_form(content) > 0
 
 
 def json_depth_within(content: bytes, value: object, limit: int) -> bool:

@@ -9,7 +9,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, ParamSpec, TypeVar, cast
 
-from sync_engine.errors import TierUnavailable
+from sync_engine.errors import ConfigError, StoreError, TierUnavailable
 from sync_engine.ports import Tier
 from sync_engine.resilience import Forwarding
 
@@ -53,7 +53,11 @@ class Late(Forwarding):
 
     async def _through(self, verb: Callable[P, Coroutine[Any, Any, R]], *args: P.args, **kwargs: P.kwargs) -> R:
         if not self._here:
-            await self.ready()
+            try:
+                await self.ready()
+            except (ConfigError, StoreError) as unusable:
+                # It says nothing of the items: they wait until somebody has mended it, and are not refused.
+                raise TierUnavailable(self.name, str(unusable)) from unusable
             verb = getattr(self.tier, verb.__name__)
         return await verb(*args, **kwargs)
 

@@ -167,11 +167,10 @@ class Parts:
         self._supervisor.cancel()
         await asyncio.wait({self._supervisor})
         self.writes.abandon(NotRunning("the engine was stopped before the operation was in every tier"))
-        left = self.journal.unsettled if self.journal is not None else 0
-        lost = self.writes.volatile
         await self.reader.aclose()
         await self._opened.aclose()
-        return StopReport(left, lost)
+        # Counted last: the log writes what it was given before it closes.
+        return StopReport(self.journal.unsettled if self.journal is not None else 0, self.writes.volatile)
 
     async def _supervise(self) -> None:
         """Own the lanes; one that dies takes the engine down, loudly, and leaves the rest to the log."""

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 from sync_engine.coalesce import Coalescer
 from sync_engine.errors import StoreError, SyncEngineError, TierUnavailable
@@ -16,7 +17,7 @@ from sync_engine.item import Op, SyncItem, check_id
 from sync_engine.options import ItemStatus
 from sync_engine.ports import Clock, Fetched, Hot, Tier
 from sync_engine.write.pending import Entry, PendingIndex, overlay
-from sync_engine.write.quarantine import Quarantine
+from sync_engine.write.quarantine import Quarantine, Quarantined
 
 __all__ = ["Reader"]
 
@@ -24,6 +25,9 @@ log = logging.getLogger(__name__)
 
 FILLS_MAX = 4
 """Copies upward that may be under way at once; a fill is a favour and is left out beyond that."""
+
+LOOKS_MAX = 5
+"""Times that a read looks again for an item that was written while it went from tier to tier and found it in none."""
 
 Answer = SyncItem | SyncEngineError
 
@@ -66,22 +70,21 @@ class Reader:
             decided, item = await self._from_pending(entry)
             if decided:
                 return item
-        if entry is None and (refused := self._quarantine.get(object_id)) is not None and refused.op.kind != "restate":
-            return refused.op.item
-        try:
-            answer = await self._flights.get(object_id)
-            if isinstance(answer, SyncEngineError):
+        refused = self._quarantine.get(object_id) if entry is None else None
+        answer = await self._flights.get(object_id)
+        if refused is not None:
+            answer = _newer(refused, answer)
+        if isinstance(answer, SyncEngineError):
+            if not stale_ok or not isinstance(answer, TierUnavailable):
                 raise answer.with_traceback(None)  # shared by all who waited for this flight
-        except TierUnavailable:
-            if not stale_ok:
-                raise
             answer = None
-        return self._alive(overlay(entry, answer)) if entry is not None else answer
+        return self._alive(overlay(entry.op, answer) if entry is not None else answer)
 
     async def get_many(self, ids: Sequence[str]) -> dict[str, SyncItem]:
         """The items that exist, by id. Raises if the answer for any of the ids is unknown."""
         found: dict[str, SyncItem] = {}
-        overlaid: dict[str, Entry] = {}
+        overlaid: dict[str, Op] = {}
+        aside: dict[str, Quarantined] = {}
         ask: list[str] = []
         for object_id in dict.fromkeys(ids):
             item = self._l1.get(check_id(object_id))
@@ -90,48 +93,55 @@ class Reader:
                 decided = False
                 if entry is not None and self._decides(entry):
                     decided, item = await self._from_pending(entry)
-                elif entry is None and (refused := self._quarantine.get(object_id)) and refused.op.kind != "restate":
-                    decided, item = True, refused.op.item
                 if not decided:
                     ask.append(object_id)
                     if entry is not None:
-                        overlaid[object_id] = entry
+                        overlaid[object_id] = entry.op
+                    elif (refused := self._quarantine.get(object_id)) is not None:
+                        aside[object_id] = refused
             if item is not None:
                 found[object_id] = item
         if ask:
-            for object_id, answer in (await self._fetch(ask)).items():
+            answers: dict[str, Answer | None] = {**await self._fetch(ask)}
+            for object_id, refused in aside.items():
+                answers[object_id] = _newer(refused, answers.get(object_id))
+            for object_id, answer in answers.items():
                 if isinstance(answer, SyncEngineError):
                     raise answer.with_traceback(None)
                 known = overlaid.get(object_id)
-                item = self._alive(overlay(known, answer)) if known is not None else answer
+                item = self._alive(overlay(known, answer) if known is not None else answer)
                 if item is not None:
                     found[object_id] = item
         return found
 
-    async def known(self, ids: Sequence[str]) -> dict[str, bool | None]:
+    async def known(self, ids: Sequence[str], *, looks: int = LOOKS_MAX) -> dict[str, bool | None]:
         """Whether each item exists, without reading it; None where a tier that could hold it is silent."""
         answers: dict[str, bool | None] = {}
         for object_id in ids:
             entry = self._pending.get(check_id(object_id))
             if entry is not None and self._decides(entry):
-                answers[object_id] = entry.op.kind != "delete" and not self._expired(entry)
-            elif self._l1.peek(object_id) is not None or self._quarantine.item(object_id) is not None:
+                answers[object_id] = not entry.deletes and not self._expired(entry)
+            elif self._l1.peek(object_id) is not None or self._alive(self._quarantine.item(object_id)) is not None:
                 answers[object_id] = True
             else:
                 answers[object_id] = False
         ask = [object_id for object_id in answers if answers[object_id] is False and not self._is_deleted(object_id)]
         silent = False
-        for tier in (self._l2, self._l3):
-            if tier is not None and ask:
-                try:
-                    held = await tier.exists_batch(ask)
-                except TierUnavailable:
-                    silent = True
-                    continue
-                answers.update((object_id, True) for object_id, there in zip(ask, held, strict=True) if there)
-                ask = [object_id for object_id, there in zip(ask, held, strict=True) if not there]
+        with self._watched() as touched:
+            for tier in (self._l2, self._l3):
+                if tier is not None and ask:
+                    try:
+                        held = await tier.exists_batch(ask)
+                    except TierUnavailable:
+                        silent = True
+                        continue
+                    answers.update((object_id, True) for object_id, there in zip(ask, held, strict=True) if there)
+                    ask = [object_id for object_id, there in zip(ask, held, strict=True) if not there]
         if silent:
             answers.update(dict.fromkeys(ask))
+        moved = [object_id for object_id in ask if object_id in touched]
+        if moved and looks > 1:
+            answers.update(await self.known(moved, looks=looks - 1))
         return answers
 
     async def status(self, object_id: str) -> ItemStatus:
@@ -139,7 +149,7 @@ class Reader:
         check_id(object_id)
         entry = self._pending.get(object_id)
         refused = self._quarantine.get(object_id)
-        deleted = entry is not None and entry.op.kind == "delete"
+        deleted = entry is not None and entry.deletes
         l2, l3 = await asyncio.gather(_held(self._l2, object_id), _held(self._l3, object_id))
         return ItemStatus(
             object_id,
@@ -185,14 +195,14 @@ class Reader:
 
     def _decides(self, entry: Entry) -> bool:
         """Whether what is pending alone says what the item is."""
-        if entry.op.kind == "delete":
+        if entry.deletes:
             return True
         source = _source(entry)
         return source is not None and (source.value_in_memory or source.reloadable)
 
     async def _from_pending(self, entry: Entry) -> tuple[bool, SyncItem | None]:
         """Whether it could be told, and the item."""
-        if entry.op.kind == "delete":
+        if entry.deletes:
             return True, None
         source = _source(entry)
         if source is None:
@@ -205,14 +215,14 @@ class Reader:
                 if source.settled:  # it reached the tiers meanwhile, and the log let go of it
                     return False, None
                 raise
-        item = self._alive(overlay(entry, item))
+        item = self._alive(overlay(entry.op, item))
         if item is not None and self._pending.get(item.object_id) is entry:
             self._l1.offer(item, item.expires_at)
         return True, item
 
     def _is_deleted(self, object_id: str) -> bool:
         entry = self._pending.get(object_id)
-        return entry is not None and entry.op.kind == "delete"
+        return entry is not None and entry.deletes
 
     def _expired(self, entry: Entry) -> bool:
         source = _source(entry)
@@ -226,21 +236,39 @@ class Reader:
 
     async def _fetch(self, ids: Sequence[str]) -> dict[str, Answer]:
         """Ask L2, then L3 for what L2 lacks; an id in no answer is absent from both."""
+        found: dict[str, Answer] = {}
+        for _ in range(LOOKS_MAX):
+            with self._watched() as touched:
+                answers, lift, mend = await self._ask(ids)
+            self._keep(answers, touched)
+            fills = [item for item in lift if item.object_id not in touched and not item.sql_only]
+            if fills or mend:
+                self._fill(fills, mend)
+            found.update(answers)
+            # Not there, but written meanwhile: it may have gone from where we had not looked to where we had.
+            ids = [object_id for object_id in ids if object_id not in answers and object_id in touched]
+            if not ids:
+                break
+        return found
+
+    @contextmanager
+    def _watched(self) -> Iterator[set[str]]:
+        """The ids that are written while this lasts."""
         touched: set[str] = set()
         self._watching[id(touched)] = touched
         try:
-            answers, lift, mend = await self._ask(ids)
+            yield touched
         finally:
             del self._watching[id(touched)]
+
+    def _keep(self, answers: Mapping[str, Answer], touched: set[str]) -> None:
+        """Show in L1 what was found, unless this engine knows of something newer."""
         for object_id, answer in answers.items():
             if isinstance(answer, SyncItem):
                 self._observe(answer.stamp)
-                if object_id not in touched and self._pending.get(object_id) is None:
+                newer = object_id in touched or self._pending.get(object_id) or self._quarantine.get(object_id)
+                if not newer:
                     self._l1.offer(answer, answer.expires_at)
-        fills = [item for item in lift if item.object_id not in touched and not item.sql_only]
-        if fills or mend:
-            self._fill(fills, mend)
-        return answers
 
     async def _ask(self, ids: Sequence[str]) -> tuple[dict[str, Answer], list[SyncItem], list[SyncItem]]:
         """Answers, what to copy into L2, and what to write over a damaged L2 copy."""
@@ -322,6 +350,16 @@ def _source(entry: Entry) -> Entry | None:
     if entry.op.kind == "put":
         return entry
     return entry.base if entry.base is not None and not entry.base.settled else None
+
+
+def _newer(refused: Quarantined, answer: Answer | None) -> Answer | None:
+    """What this engine acknowledged and a tier refused, unless a tier holds a newer write, of another engine."""
+    op = refused.op
+    if isinstance(answer, SyncItem) and answer.stamp >= op.stamp:
+        return answer
+    if op.kind != "restate":
+        return op.item
+    return overlay(op, answer) if isinstance(answer, SyncItem) else answer
 
 
 async def _held(tier: Tier | None, object_id: str) -> bool | None:

@@ -375,6 +375,21 @@ class CacheContract(TierContract):
         await eventually(lambda: gone(tier, "a"))
         assert await members(tier, "default", "done") == {}
 
+    async def test_I1_a_restate_that_meets_nothing_keeps_out_what_is_older_and_lets_its_own_item_in(
+        self, tier: Tier
+    ) -> None:
+        for stamp in (2, 5, 10, 1_000, 112_000_000_000_000_000):
+            id_ = f"a.{stamp}"
+            item = put(id_, b"{}", stamp, state="s").item
+            assert item is not None
+            await tier.apply([Op(kind="restate", object_id=id_, stamp=stamp, state="s", item=item)])
+            late = [put(id_, b"{}", stamp - 2)] if stamp > 2 else []
+            assert (await tier.apply(late)).superseded == {op.object_id for op in late}
+            await tier.apply([fill(id_, b"{}", stamp - 1)])
+            assert await content_of(tier, id_) is None
+            await tier.apply([fill(id_, b"{}", stamp)])
+            assert await content_of(tier, id_) == b"{}"
+
     @pytest.mark.parametrize("content", [b"{}", b"\x00"], ids=["json", "binary"])
     async def test_a_restate_that_brings_the_item_replaces_an_older_copy_and_nothing_else(
         self, tier: Tier, content: bytes
@@ -456,6 +471,14 @@ class TruthContract(TierContract):
         op = when(put("a", b"1", 5, version=1), 0)
         assert [await tier.apply([op]) for _ in range(2)] == [Applied(), Applied()]
         assert await content_of(tier, "a") == b"1"
+
+    async def test_a_compare_and_set_that_is_older_than_what_stands_is_a_conflict(self, tier: Truth) -> None:
+        await tier.apply([put("a", b"v1", 5), put("b", b"v1", 5)])
+        await tier.apply([delete("b", 6)])
+        for id_, version in (("a", 1), ("b", 0)):
+            refused = (await tier.apply([when(put(id_, b"late", 4), version)])).refused
+            assert isinstance(refused.get(id_), VersionConflict)
+            assert (await tier.apply([when(put(id_, b"v2", 7), version)])).refused == {}
 
     async def test_of_two_racing_compare_and_sets_one_wins(self, tier: Truth) -> None:
         await tier.apply([put("a", b"0", 1, version=1)])

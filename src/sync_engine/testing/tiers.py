@@ -69,7 +69,7 @@ class MemoryTier:
             id_ = op.object_id
             row = self._held(id_)
             self.applied.append(op)
-            if (conflict := _conflict(op, row)) is not None:
+            if (conflict := _conflict(op, row, self.tombstones.get(id_, 0))) is not None:
                 refused[id_] = conflict
                 continue
             self._newest = max(self._newest, op.stamp)
@@ -86,6 +86,9 @@ class MemoryTier:
                 base = row.item if op.item is None else op.item
                 restated[id_] = base.replace(state=op.state, stamp=op.stamp)
                 self._rows[id_] = replace(row, item=restated[id_])
+            elif row is None and op.item is not None:
+                # What is older must stay out, and what a read brings of this very item may come.
+                self.tombstones[id_] = max(op.stamp - 1, self.tombstones.get(id_, 0))
         return Applied(frozenset(superseded), refused, restated, frozenset(existed))
 
     async def list_state_ids(self, state: str, limit: int = 1000, *, after: str | None = None) -> list[str]:
@@ -151,11 +154,13 @@ class MemoryTier:
             self.tombstones.pop(op.object_id, None)
 
 
-def _conflict(op: Op, row: _Row | None) -> VersionConflict | None:
-    if op.if_version is None or (row is not None and op.stamp and row.item.stamp == op.stamp):
+def _conflict(op: Op, row: _Row | None, tombstone: int) -> VersionConflict | None:
+    newest = tombstone if row is None else max(row.item.stamp, tombstone)
+    if op.if_version is None or 0 < op.stamp == newest:
         return None  # an equal stamp is this very operation, applied before
     actual = 0 if row is None else row.item.version
-    return None if actual == op.if_version else VersionConflict(op.object_id, op.if_version, actual)
+    matches = op.if_version == actual and not 0 < op.stamp < newest
+    return None if matches else VersionConflict(op.object_id, op.if_version, actual)
 
 
 class Breaking(Forwarding):

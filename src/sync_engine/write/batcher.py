@@ -35,6 +35,7 @@ class Batcher:
         self._done = 0
         self._drains: deque[tuple[int, asyncio.Future[None]]] = deque()
         self._hasty: set[asyncio.Future[None]] = set()
+        self._ended: Exception | None = None
 
     def put(self, entry: Entry) -> None:
         """Queue one entry."""
@@ -76,6 +77,8 @@ class Batcher:
         """
         if self._done >= self._put:
             return
+        if self._ended is not None:
+            raise self._ended
         self.hurry()
         waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._drains.append((self._put, waiter))
@@ -85,7 +88,12 @@ class Batcher:
         await waiter
 
     def fail(self, error: Exception, *, everybody: bool = False) -> None:
-        """The batch at hand is in trouble: tell those who will not wait for it."""
+        """The batch at hand is in trouble: tell those who will not wait for it.
+
+        ``everybody``: it was the last one; whoever waits, now or later, is told.
+        """
+        if everybody:
+            self._ended = error
         for waiter in [waiter for _, waiter in self._drains] if everybody else list(self._hasty):
             if not waiter.done():
                 waiter.set_exception(error)

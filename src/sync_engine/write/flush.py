@@ -100,9 +100,20 @@ class Lane:
         """Flush batch after batch until cancelled."""
         while True:
             batch = await self.batcher.take()
-            plan, applied = await self._flush(batch)
-            await self._carrier.passed(self, batch, plan, applied)
-            self.batcher.done(len(batch))
+            count = len(batch)
+            while batch:
+                plan, applied = await self._flush(batch)
+                # What was left out in favour of an operation that is refused gets its own turn.
+                spared = [
+                    entry
+                    for entry in batch
+                    if entry.op.object_id in applied.refused and plan.decides[entry.op.object_id] is not entry
+                ]
+                if spared:
+                    batch = [entry for entry in batch if entry not in spared]
+                await self._carrier.passed(self, batch, plan, applied)
+                batch = spared
+            self.batcher.done(count)
 
     async def _flush(self, batch: Sequence[Entry]) -> tuple[Plan, Applied]:
         """Apply one batch, as often as it takes: applying it again changes nothing."""

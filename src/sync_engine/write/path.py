@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import logging
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from typing import Protocol
 
 from msgspec.structs import force_setattr, replace
@@ -25,6 +26,8 @@ from sync_engine.write.pending import Entry, PendingIndex
 from sync_engine.write.quarantine import Quarantine
 
 __all__ = ["WritePath"]
+
+log = logging.getLogger(__name__)
 
 
 class View(Protocol):
@@ -72,6 +75,7 @@ class WritePath:
         self._commits: deque[_Commit] = deque()  # those that are not answered
         self._behind: deque[tuple[int, Sequence[Entry]]] = deque()  # unlogged, shown, waiting for those commits
         self._conditional: set[Entry] = set()  # those that the truth has not decided
+        self._doubtful: set[str] = set()  # ids of refused writes that the log may hold all the same
 
     async def write(self, drafts: Sequence[Op], ack: Ack) -> list[Entry]:
         """Accept drafts (stamp 0) that all go to the same tiers; return once ``ack`` is reached.
@@ -81,7 +85,7 @@ class WritePath:
         either all drafts are accepted or none.
         """
         logged = self._journal is not None and drafts[0].sql
-        volatile_bytes = 0 if logged else sum(op.size for op in drafts)
+        volatile_bytes = 0 if logged and ack is not Ack.MEMORY else sum(op.size for op in drafts)
         if not self._gate.has_room(len(drafts), volatile_bytes):
             self.hurry()  # what gives room back must not itself wait for company
         await self._gate.enter(len(drafts), volatile_bytes)
@@ -90,9 +94,10 @@ class WritePath:
             raise NotRunning("the engine is being stopped")
         # Stamped after the gate and logged in the same step, so that stamp order is log order.
         entries = [Entry(self._stamped(op)) for op in drafts]
-        if not logged:
+        if volatile_bytes:
             for entry in entries:
                 entry.volatile_bytes = entry.size
+        if not logged:
             self._show(entries)
             if self._commits:
                 # What the log is still writing was stamped before, and must not reach a tier after.
@@ -101,11 +106,13 @@ class WritePath:
                 self._send(entries)
         else:
             assert self._journal is not None
-            commit = _Commit(self, entries, at_once=ack is Ack.MEMORY)
+            # A change of state tells of what is before it, and is not shown before that is.
+            follows = drafts[0].kind == "restate" and not all(commit.at_once for commit in self._commits)
+            commit = _Commit(self, entries, at_once=ack is Ack.MEMORY and not follows)
             self._journal.append([entry.op for entry in entries], commit.durable, commit.failed)
             self._begun += 1
             self._commits.append(commit)
-            if ack is Ack.MEMORY:
+            if commit.at_once:
                 self._show(entries)
             else:
                 await commit.done
@@ -128,9 +135,14 @@ class WritePath:
                     self._awaited.discard(entry)
 
     def unseen(self) -> set[str]:
-        """Ids of writes that have begun and no read shows yet: the log, or the truth, has still to answer."""
+        """Ids of writes that no read shows and that may yet happen: the log, or the truth, has still to answer.
+
+        Or the log could not: then a restart may find them, and undo what said that there was nothing to do.
+        """
         unseen = [entry for commit in self._commits if not commit.at_once for entry in commit.entries]
-        return {entry.op.object_id for entry in (*unseen, *self._conditional) if entry.op.kind != "delete"}
+        return self._doubtful | {
+            entry.op.object_id for entry in (*unseen, *self._conditional) if entry.op.kind != "delete"
+        }
 
     @property
     def volatile(self) -> int:
@@ -144,7 +156,7 @@ class WritePath:
         return [
             entry.op.object_id
             for entry in self._pending
-            if entry.volatile_bytes or (entry.base is not None and entry.base.volatile_bytes)
+            if any(each is not None and each.volatile_bytes and not each.op.sql for each in (entry, entry.base))
         ]
 
     def abandon(self, error: Exception) -> None:
@@ -182,8 +194,6 @@ class WritePath:
     async def drained(self) -> None:
         """Wait until everything written before this call is settled or quarantined."""
         await self.queued()
-        if self._ended is not None:
-            raise self._ended
         # An operation passes each lane once, in either order.
         for lane in (self.truth, self.cache, self.truth):
             if lane is not None:
@@ -230,7 +240,10 @@ class WritePath:
             if decides and object_id in applied.superseded:
                 entry.outdone = True  # another engine's newer write stands
             if decides and entry.op.kind == "restate":
-                self._pending.became(entry, _as_applied(plan.spoken[object_id], applied))
+                spoken = plan.spoken[object_id]
+                if lane is self.truth and spoken.kind == "restate" and object_id not in applied.restated:
+                    entry.outdone = True  # SQL has no such item: a copy in L1 is of one that another engine deleted
+                self._pending.became(entry, _as_applied(spoken, applied))
             entry.hop += 1
             # What the truth has passed by must not go on to Redis, which may have lost the newer copy and its stamp.
             overtaken = self._overtaken(entry) or (
@@ -240,7 +253,7 @@ class WritePath:
             )
             onward = None if overtaken else self._next_lane(entry)
             if onward is not None:
-                if entry.volatile_bytes:
+                if entry.volatile_bytes and not entry.sql_first:
                     # Redis holds it now; only an older SQL row of it may still have to go.
                     self._gate.leave(0, entry.volatile_bytes)
                     entry.volatile_bytes = 0
@@ -251,8 +264,9 @@ class WritePath:
                 moved = onward
             else:
                 settled.append((entry, None))
-                if len(self._quarantine):
-                    await self._quarantine.overtaken(object_id, entry.op.stamp)
+                refused = self._quarantine.get(object_id)
+                if refused is not None and not (entry.op.kind == "restate" and refused.nowhere_else):
+                    await self._on_file(entry, self._quarantine.overtaken(object_id, entry.op.stamp))
         if moved is not None:
             moved.batcher.hurry()  # they have waited for company once
         if settled:
@@ -265,9 +279,17 @@ class WritePath:
 
     async def _refused(self, lane: Lane, entry: Entry, refusal: SyncEngineError) -> None:
         self._conditional.discard(entry)
-        if not isinstance(refusal, VersionConflict):  # a lost compare-and-set is an answer, not a fault
-            op = entry.effective()
-            await self._quarantine.keep(op, lane.tier.name, str(refusal))
+        if isinstance(refusal, VersionConflict):  # a lost compare-and-set is an answer, not a fault
+            entry.outdone = True  # and what L1 has is not what won it
+        else:
+            await self._on_file(entry, self._quarantine.keep(entry.effective(), lane.tier.name, str(refusal)))
+
+    async def _on_file(self, entry: Entry, change: Awaitable[None]) -> None:
+        try:
+            await change
+        except OSError as failed:
+            log.error("the quarantine cannot be written (%s): the log keeps the operation", failed.strerror)  # noqa: TRY400 - the place in the code says nothing
+            entry.logged = None
 
     def _settle(self, entries: Sequence[tuple[Entry, SyncEngineError | None]]) -> None:
         # Those who wait are told here, in one step with the books: they may look at once.
@@ -374,13 +396,14 @@ class _Commit:
     def durable(self, records: Sequence[Logged]) -> None:
         """Called on the loop, in append order: what is durable becomes visible even if its caller is gone."""
         path = self._path
-        late = []
+        path._doubtful.clear()  # with these records the log has noted which ones it refused
         for entry, record in zip(self.entries, records, strict=True):
             entry.logged = record
-            if entry.settled:
-                late.append(record.seq)
-        if late and path._journal is not None:
-            path._journal.settle(late)
+            if entry.volatile_bytes:
+                path._gate.leave(0, entry.volatile_bytes)
+                entry.volatile_bytes = 0
+                if entry.visible:
+                    path._pending.trim(entry)
         if self.at_once:
             # Not before: were it in one tier and killed before the next, no log would say that they differ.
             path._send(self.entries)
@@ -398,7 +421,8 @@ class _Commit:
             path._answer()
             return
         path._answer()
-        path._gate.leave(len(self.entries))
+        path._gate.leave(len(self.entries), sum(entry.volatile_bytes for entry in self.entries))
+        path._doubtful.update(entry.op.object_id for entry in self.entries if entry.op.kind != "delete")
         if not self.done.done():
             self.done.set_exception(
                 error if isinstance(error, SyncEngineError) else StoreError("log", f"{type(error).__name__}: {error}")

@@ -31,7 +31,7 @@ class Entry(msgspec.Struct, eq=False):
     outdone: bool = False  # a tier held a newer write, of another engine
     settled: bool = False
     error: Exception | None = None
-    base: Entry | None = None  # the put whose state this restate changes, while that is pending too
+    base: Entry | None = None  # the put or delete that this restate follows, while that is pending too
     waiters: list[asyncio.Future[None]] = []  # a new list for each, as msgspec does it
 
     def __post_init__(self) -> None:
@@ -42,6 +42,12 @@ class Entry(msgspec.Struct, eq=False):
     def conditional(self) -> bool:
         """Whether the truth has still to decide if this operation happens at all."""
         return self.op.if_version is not None and self.hop == 0
+
+    @property
+    def deletes(self) -> bool:
+        """Whether it leaves nothing to read: a delete, or a change of state on top of one that is pending."""
+        base = self.base
+        return self.op.kind == "delete" or (base is not None and base.op.kind == "delete" and not base.settled)
 
     @property
     def stands_alone(self) -> bool:
@@ -138,13 +144,14 @@ class PendingIndex:
         if held is None or held.op.stamp <= op.stamp:
             shown = entry
             if op.kind == "restate" and held is not None:
-                base = held if held.op.kind == "put" else held.base
+                base = held.base if held.op.kind == "restate" else held
                 if base is not None and not base.settled:
                     entry.base = base
                     # Behind its put in every tier: before it, it would bring an older row back to life.
                     entry.sql_first = base.sql_first
             self._newest[op.object_id] = entry
         elif op.kind == "put" and held.op.kind == "restate" and (held.base is None or held.base.op.stamp < op.stamp):
+            # Only a compare-and-set is shown so late.
             held.base = entry
             shown = held
         if op.item is not None:
@@ -201,9 +208,8 @@ class PendingIndex:
         return f"<PendingIndex {self.entries} operations on {len(self._newest)} ids, {self.memory_bytes} bytes>"
 
 
-def overlay(entry: Entry, base: SyncItem | None) -> SyncItem | None:
-    """What a tier's copy looks like under a pending restate."""
-    op = entry.op
+def overlay(op: Op, base: SyncItem | None) -> SyncItem | None:
+    """What a tier's copy looks like under a restate that has not reached it."""
     if base is None or op.kind != "restate" or base.stamp >= op.stamp:
         return base
     return base.replace(state=op.state, stamp=op.stamp)

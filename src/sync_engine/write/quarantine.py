@@ -30,6 +30,11 @@ class Quarantined:
     tier: str
     reason: str
 
+    @property
+    def nowhere_else(self) -> bool:
+        """Whether no tier holds the item: then a later change of its state cannot bring it about."""
+        return self.op.kind == "put" and self.tier == ("l3" if self.op.sql else "l2")
+
     def __repr__(self) -> str:
         return f"<Quarantined {self.op.kind} {self.op.object_id!r} by {self.tier}: {self.reason}>"
 
@@ -40,30 +45,35 @@ class Quarantine:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._held: dict[str, Quarantined] = {}
+        self._turn = asyncio.Lock()  # two lanes, and each change is a step in memory and a step on disk
 
     async def open(self) -> None:
         """Read what earlier runs left."""
         self._held = await asyncio.to_thread(self._read_all)
 
     async def keep(self, op: Op, tier: str, reason: str) -> None:
-        """Store one refused operation; on return it survives a crash. It replaces an older one of its id."""
+        """Store one refused operation; on return it survives a crash. It replaces an older one of its id.
+
+        Raises ``OSError`` where the disk does not take it; readers are answered with it all the same.
+        """
         log.error("%s refused %s of %r: %s; it is quarantined", tier, op.kind, op.object_id, reason)
-        older = self._held.get(op.object_id)
-        if older is not None and older.op.stamp > op.stamp:
-            return  # refused late by another tier: the newer one is what readers are answered with
-        refused = Quarantined(op, tier, reason)
-        # Writing is finished even if the engine is being stopped: the log forgets the record next.
-        await asyncio.shield(asyncio.ensure_future(asyncio.to_thread(self._write, refused)))
-        self._held[op.object_id] = refused
-        if older is not None and older.op.stamp < op.stamp:
-            await asyncio.to_thread(self._remove, older)
+        async with self._turn:
+            older = self._held.get(op.object_id)
+            if older is not None and older.op.stamp > op.stamp:
+                return  # refused late by another tier: the newer one is what readers are answered with
+            self._held[op.object_id] = refused = Quarantined(op, tier, reason)
+            # Writing is finished even if the engine is being stopped: the log forgets the record next.
+            await asyncio.shield(asyncio.ensure_future(asyncio.to_thread(self._write, refused)))
+            if older is not None and older.op.stamp < op.stamp:
+                await asyncio.to_thread(self._remove, older)
 
     async def overtaken(self, object_id: str, stamp: int) -> None:
         """A newer operation on this id is stored: the refused one has no effect any more."""
-        held = self._held.get(object_id)
-        if held is not None and held.op.stamp < stamp:
-            await asyncio.to_thread(self._remove, held)
-            del self._held[object_id]
+        async with self._turn:
+            held = self._held.get(object_id)
+            if held is not None and held.op.stamp < stamp:
+                del self._held[object_id]
+                await asyncio.to_thread(self._remove, held)
 
     def get(self, object_id: str) -> Quarantined | None:
         """The refused operation on this id, if any."""

@@ -82,7 +82,9 @@ class _Batch:
             held = {id_: _Held(*facts) for id_, *facts in await session.rows(words.held[len(ids)], ids)}
         puts, deletes, restates = [], [], []
         for op in ops:
-            if op.if_version is not None and self._conflicts(op, held.get(op.object_id)):
+            if op.if_version is not None and self._conflicts(
+                op, held.get(op.object_id), buried.get(op.object_id, 0)
+            ):
                 continue
             if 0 < op.stamp < buried.get(op.object_id, 0):
                 self.superseded.add(op.object_id)
@@ -99,12 +101,13 @@ class _Batch:
         if restates:
             await self._restate(restates, held)
 
-    def _conflicts(self, op: Op, held: _Held | None) -> bool:
+    def _conflicts(self, op: Op, held: _Held | None, buried: int) -> bool:
         expected = op.if_version or 0
-        if held is None and expected == 0:
-            return False
-        # Of the very stamp: this operation was applied before, and is being replayed.
-        if held is not None and (expected == held.version > 0 or 0 < op.stamp == held.stamp):
+        matches = held.version == expected > 0 if held is not None else expected == 0
+        newest = max(held.stamp if held is not None else 0, buried)
+        # Of the very stamp: this operation was applied before, and is being replayed. Of an older one, from a clock
+        # that is behind: it could not be written over what stands, and must not be said to have been.
+        if 0 < op.stamp == newest or (matches and not 0 < op.stamp < newest):
             return False
         self.refused[op.object_id] = VersionConflict(op.object_id, expected, held.version if held else 0)
         return True

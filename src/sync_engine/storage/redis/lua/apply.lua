@@ -57,6 +57,11 @@ local function superseded(i, stamp, fill)
   return stamp ~= '0' and ((held and older(stamp, held)) or (tomb and older(stamp, tomb)))
 end
 
+local function bury(id, stamp)
+  call('SET', tombs .. id, stamp, 'PX', tomb_ms)
+  call('SET', any_tombs, '', 'PX', tomb_ms)
+end
+
 local function remove(i, key, stamp)
   local id = id_of(key)
   if forms[i] then
@@ -64,8 +69,7 @@ local function remove(i, key, stamp)
     leave(i, id)
   end
   if stamp ~= '0' then
-    call('SET', tombs .. id, stamp, 'PX', tomb_ms)
-    call('SET', any_tombs, '', 'PX', tomb_ms)
+    bury(id, stamp)
   elseif buried[i] then
     call('DEL', tombs .. id)
   end
@@ -195,9 +199,20 @@ local function put(i, at, state, document, fill, deadline, late)
   return at + 2
 end
 
--- A restate that brings the whole item: over an older copy alone, whose deadline stays.
+-- The stamp just below: '1200' to '1199'.
+local function below(stamp)
+  local head, digit, zeros = find(stamp, '^(%d-)([1-9])(0*)$')
+  return (string.gsub(head .. digit - 1 .. string.rep('9', #zeros), '^0+(%d)', '%1'))
+end
+
+-- A restate that brings the whole item: over an older copy alone, whose deadline stays. Where there is none, what is
+-- older than it must stay out, and what a read brings of it may come.
 local function put_over(i, at, state, document)
-  if not forms[i] then return at + 2 end
+  if not forms[i] then
+    local before = below(ARGV[at])
+    if not buried[i] or older(buried[i], before) then bury(id_of(KEYS[i]), before) end
+    return at + 2
+  end
   local held = redis.call('PEXPIRETIME', KEYS[i])
   return put(i, at, state, document, false, held > 0 and string.format('%.0f', held), false)
 end

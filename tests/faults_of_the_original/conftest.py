@@ -1,0 +1,18 @@
+"""The fixture of the regression tests."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from ..flows.rig import Rig
+
+
+@pytest.fixture
+async def rig(tmp_path: Path, redis_url: str, redis_prefix: str) -> AsyncIterator[Rig]:
+    """A folder, a prefix, and engines on them; stops what the test left running."""
+    made = Rig(tmp_path, redis_url, redis_prefix)
+    yield made
+    await made.close()
