@@ -16,7 +16,7 @@ __all__ = ["Stamps", "SystemClock"]
 
 COUNTER_BITS = 16
 STAMP_MAX = 2**62
-"""The year 4199. SQL keeps stamps in signed 64-bit columns; what is near their end is damage, and not to be followed."""
+"""The year 4199. SQL keeps stamps in signed 64-bit columns: one near their end is damage, and not to be followed."""
 
 
 class SystemClock:

@@ -42,7 +42,7 @@ def looks_like_json(content: bytes) -> int:
 
 
 def json_form(content: bytes) -> int:
-    """What the bytes are: 0 no JSON of at most 127 levels with every number in range, 1 such JSON, 2 its canonical text.
+    """What the bytes are: 0 no JSON of at most 127 levels with every number in range, 1 JSON, 2 its canonical text.
 
     Writing it again takes half the time of the parse, which a later question for the form would have to repeat.
     """

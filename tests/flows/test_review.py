@@ -5,20 +5,34 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import random
+import sqlite3
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 
-from sync_engine import Ack, NotRunning, StoreError, SubmitOptions, SyncItem, TierUnavailable, VersionConflict
+from sync_engine import (
+    Ack,
+    NotRunning,
+    StoreError,
+    SubmitOptions,
+    SyncEngine,
+    SyncItem,
+    TierUnavailable,
+    VersionConflict,
+)
 from sync_engine.clock import Stamps, SystemClock
 from sync_engine.item import Op
 from sync_engine.late import Late
 from sync_engine.ports import Applied, Tier
 from sync_engine.resilience import Forwarding
 from sync_engine.storage.sql import store as sql_store
+from sync_engine.storage.sql.sqlite import meaning
 from sync_engine.testing.tiers import Refusing
 from sync_engine.write.batcher import Batcher
 from sync_engine.write.pending import Entry
@@ -392,6 +406,29 @@ async def test_a_tier_that_turns_out_to_be_unusable_is_waited_for_and_refuses_no
         await rig.check(engine, {"a": ONE})
 
 
+async def test_I7_a_user_who_may_not_write_keeps_operations_waiting_and_refuses_none(rig: Rig) -> None:
+    user = "u" + rig.redis_prefix.removesuffix(":")
+    await rig.key("ACL", "SETUSER", user, "on", ">secret", "~*", "+@all", "-evalsha", "-eval")
+    address = urlsplit(rig.redis_url)
+    host = f"@{address.netloc.rpartition('@')[2]}" if address.scheme != "unix" else "@"
+    url = f"{address.scheme}://{user}:secret{host}{address.path}"
+    async with rig.engine(redis_url=url, redis_prefix=rig.redis_prefix) as engine:
+        await engine.submit(ONE)
+        lane = engine._running.writes.cache  # type: ignore[union-attr]  # it runs
+        await until(lambda: lane is not None and lane.trouble is not None)
+        assert engine.stats().quarantined == 0
+        await rig.key("ACL", "SETUSER", user, "+@all")
+        await rig.check(engine, {"a": ONE})
+    await rig.key("ACL", "DELUSER", user)
+
+
+@pytest.mark.parametrize("code", [sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB])
+def test_I7_a_damaged_database_file_is_not_the_fault_of_the_items(code: int) -> None:
+    error = sqlite3.DatabaseError("damaged")
+    error.sqlite_errorcode = code
+    assert isinstance(meaning(error), TierUnavailable)
+
+
 async def test_a_late_tier_tells_any_failure_to_connect_as_unavailable() -> None:
     async def connect() -> Tier:
         raise StoreError("l3", "not a database")
@@ -428,3 +465,108 @@ async def test_stop_counts_what_the_log_took_last(rig: Rig, disk: Disk) -> None:
     report = await stopping
     await submitting
     assert (report.left_in_log, report.lost) == (1, 0)
+
+
+async def test_I1_two_writes_that_come_too_late_leave_nothing_in_redis(rig: Rig) -> None:
+    held: list[Held] = []
+    third = SyncItem("a", b"three", version=3, updated_at=3)
+    async with (
+        rig.engine(around=on("l3", Held, held)) as late,
+        rig.engine(data="other", clock=Ahead(HOUR_MS)) as early,
+    ):
+        held[0].hold()
+        await late.submit(ONE)
+        await until(lambda: held[0].waiting)
+        await late.submit(TWO)
+        await early.submit(third, ack=Ack.STORED)
+        await rig.key("DEL", rig.redis_prefix + "a")  # as an eviction does
+        held[0].release()
+        await late.flush()
+        assert await late.get("a") == third
+        async with rig.engine(data="third") as reader:
+            assert await reader.get("a") == third
+
+
+# Everything at once
+
+
+class Flaky(Forwarding):
+    """Loses every tenth request or reply of a write."""
+
+    def __init__(self, tier: Tier, rng: random.Random) -> None:
+        super().__init__(tier)
+        self._rng = rng
+
+    async def apply(self, ops: Any, /) -> Applied:
+        fate = self._rng.random()
+        if fate < 0.05:
+            raise TierUnavailable(self.name, "lost on the way there")
+        applied = await self.tier.apply(ops)
+        await asyncio.sleep(self._rng.random() * 0.003)
+        if fate > 0.95:
+            raise TierUnavailable(self.name, "lost on the way back")
+        return applied
+
+
+IDS = [f"k{n}" for n in range(4)]
+
+
+async def _work(engine: SyncEngine, rng: random.Random, who: int) -> None:
+    for step in range(30):
+        object_id = rng.choice(IDS)
+        item = SyncItem(object_id, rng.choice((b"{}", b"\x00", bytes(3_000))), version=who * 1_000 + step)
+        ack = rng.choices(list(Ack), (5, 5, 1))[0]
+        match rng.randrange(8):
+            case 0 | 1 | 2:
+                options = rng.choice((SubmitOptions(), SubmitOptions(), DURABLE))
+                await engine.submit(item.with_state(f"s{step % 3}"), options, ack=ack)
+            case 3 | 4:
+                await engine.set_state(object_id, f"s{step % 3}", ack=ack)
+            case 5:
+                await engine.delete(object_id, ack=ack)
+            case 6:
+                held = await engine.get(object_id)
+                with suppress(VersionConflict):
+                    await engine.submit(item, SubmitOptions(if_version=held.version if held else 0))
+            case _:
+                await engine.get_many(IDS)
+
+
+@pytest.mark.parametrize("seed", range(6))
+async def test_I1_two_busy_engines_on_flaky_tiers_leave_redis_and_sql_alike(rig: Rig, seed: int) -> None:
+    rng = random.Random(seed)
+    engines = [
+        rig.engine(
+            data=f"d{n}",
+            clock=Ahead(rng.choice((0, 40))),
+            around=lambda tier: Flaky(tier, rng),
+            l1_max_bytes=rng.choice((0, 10**6)),
+            pending_max_bytes=rng.choice((0, 10**6)),
+            batch_flush_count=rng.choice((1, 2, 100)),
+            batch_flush_ms=rng.choice((0, 3)),
+            backpressure_wait_ms=60_000,
+        )
+        for n in range(2)
+    ]
+    for engine in engines:
+        await engine.start()
+    async with asyncio.TaskGroup() as group:
+        for who in range(6):
+            group.create_task(_work(engines[who % 2], random.Random(f"{seed}.{who}"), who))
+    for engine in engines if seed % 2 else []:  # half of them with a restart in the middle
+        await engine.stop(timeout=0)
+        await engine.start()
+    for engine in engines:
+        await engine.flush()
+    for engine in engines:
+        await until(lambda engine=engine: not engine._running.reader._fills)
+    lower = await (await rig.l3()).get_many(IDS)
+    upper = await rig.l2.get_many(IDS)
+    assert upper == {object_id: lower[object_id] for object_id in upper}
+    for state in ("s0", "s1", "s2", "default"):
+        assert set(await rig.l2.list_state_ids(state)) == {i for i, item in upper.items() if item.state == state}
+    for engine in engines:
+        assert engine.stats().quarantined == 0
+        engine._running.l1.clear()  # type: ignore[union-attr]  # it runs
+        assert await engine.get_many(IDS) == lower
+        rig.at_rest(engine)

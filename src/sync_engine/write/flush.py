@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What one tier is to do: ``ops`` ascending by id, one per id, and ``erase``: ids it no longer keeps.
+    """What one tier is to do: ``ops`` ascending by id, at most one per id, and ``erase``: ids it no longer keeps.
 
     ``decides`` names the entry that speaks for each id, ``spoken`` what it says; the batch's other entries
     are older.
@@ -49,6 +49,8 @@ def plan_flush(batch: Sequence[Entry], keeps: Callable[[Op], bool]) -> Plan:
     erase: list[Op] = []
     spoken = {object_id: decides[object_id].effective() for object_id in sorted(decides)}
     for object_id, op in spoken.items():
+        if decides[object_id].barred:
+            continue
         if op.kind != "delete" and not keeps(op):
             erase.append(Op(kind="delete", object_id=object_id, stamp=op.stamp))
         else:

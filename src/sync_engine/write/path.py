@@ -245,11 +245,10 @@ class WritePath:
                     entry.outdone = True  # SQL has no such item: a copy in L1 is of one that another engine deleted
                 self._pending.became(entry, _as_applied(spoken, applied))
             entry.hop += 1
-            # What the truth has passed by must not go on to Redis, which may have lost the newer copy and its stamp.
+            entry.barred = lane is self.truth and object_id in applied.superseded
             overtaken = self._overtaken(entry) or (
-                lane is self.truth
-                and object_id in applied.superseded
-                and self._pending.get(object_id) is plan.decides[object_id]  # else a newer one of ours follows it there
+                # Else a newer one of ours is on its way to Redis, and this one is not stored before that is.
+                entry.barred and self._pending.get(object_id) is plan.decides[object_id]
             )
             onward = None if overtaken else self._next_lane(entry)
             if onward is not None:

@@ -29,6 +29,7 @@ class Entry(msgspec.Struct, eq=False):
     volatile_bytes: int = 0  # what it counts at the gate: bytes that no log holds
     visible: bool = False  # whether the index knows it; a conditional one waits for the truth
     outdone: bool = False  # a tier held a newer write, of another engine
+    barred: bool = False  # the truth held it: Redis may have lost it and its stamp, and must not get this one
     settled: bool = False
     error: Exception | None = None
     base: Entry | None = None  # the put or delete that this restate follows, while that is pending too

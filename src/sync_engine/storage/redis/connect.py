@@ -21,6 +21,7 @@ from redis.exceptions import (
     AskError,
     AuthenticationError,
     ClusterError,
+    NoPermissionError,
     NoScriptError,
     OutOfMemoryError,
     ReadOnlyError,
@@ -66,7 +67,7 @@ class Line:
             try:
                 await self.call("JSON.MGET", "sync-engine:no-such-key", "$")
                 found = Capabilities(json=True)
-            except StoreError as refused:
+            except (StoreError, _NotPermitted) as refused:
                 found = Capabilities(json=json_answers(refused.reason))
             if self._capabilities is None and not found.json:
                 log.warning("this Redis has no RedisJSON: JSON items are kept as strings and cannot be searched there")
@@ -129,6 +130,10 @@ class Line:
         return f"<Line {len(self._tasks)} calls under way{', closed' if self._closed else ''}>"
 
 
+class _NotPermitted(TierUnavailable):
+    """The user may not run the command: nothing is known of the items, and an administrator can mend it."""
+
+
 class _UnknownScript(SyncEngineError):
     """The server forgot the script, or never had it."""
 
@@ -144,6 +149,8 @@ def translated(failed: Exception) -> SyncEngineError:
         return TierUnavailable("l2", "the server refused the credentials")
     if isinstance(failed, RedisConnectionError | RedisTimeoutError | OSError):
         return TierUnavailable("l2", f"{type(failed).__name__}: {failed}" if str(failed) else type(failed).__name__)
+    if isinstance(failed, NoPermissionError):
+        return _NotPermitted("l2", str(failed))
     if isinstance(failed, ReadOnlyError | ClusterError | TryAgainError | AskError):
         return TierUnavailable("l2", f"{type(failed).__name__}: {failed}")
     if isinstance(failed, ResponseError) and str(failed).startswith(_NOT_NOW):

@@ -82,9 +82,7 @@ class _Batch:
             held = {id_: _Held(*facts) for id_, *facts in await session.rows(words.held[len(ids)], ids)}
         puts, deletes, restates = [], [], []
         for op in ops:
-            if op.if_version is not None and self._conflicts(
-                op, held.get(op.object_id), buried.get(op.object_id, 0)
-            ):
+            if op.if_version is not None and self._conflicts(op, held.get(op.object_id), buried.get(op.object_id, 0)):
                 continue
             if 0 < op.stamp < buried.get(op.object_id, 0):
                 self.superseded.add(op.object_id)

@@ -203,6 +203,9 @@ _PASSING: Final = {
     sqlite3.SQLITE_NOMEM: "memory is exhausted",
     sqlite3.SQLITE_INTERRUPT: "the statement was interrupted",
     sqlite3.SQLITE_READONLY: "the file is read-only",
+    # Not the items' fault either: were these refusals, the whole log would end in the quarantine, one by one.
+    sqlite3.SQLITE_CORRUPT: "the file is damaged",
+    sqlite3.SQLITE_NOTADB: "the file is not a database any more",
 }
 """Troubles of the moment or of the machine: nothing is known of the items, and asking later can help."""
 

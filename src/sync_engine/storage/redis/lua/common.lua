@@ -38,7 +38,7 @@ end
 
 -- A member of the expiring set is its state, NUL, its id; the score is the deadline of the value.
 local function sweep(now)
-  local limit = string.format('(%.0f', now)
+  local limit = string.format('%.0f', now) -- inclusive: Redis 8 lets a key go in the very millisecond of its deadline
   repeat
     local due = call('ZRANGE', expiring, '-inf', limit, 'BYSCORE', 'LIMIT', 0, MEMBERS_MAX)
     for _, member in ipairs(due) do
