@@ -529,7 +529,7 @@ class Machine(RuleBasedStateMachine):
             await asyncio.sleep(0.005)
 
     async def _silence(self) -> None:
-        """Let Redis finish what the dead engine's sockets still held: it serves one round of sockets after the other."""
+        """Let Redis finish what the dead engine's sockets still held: it serves them round by round."""
         async with Redis.from_url(self.server.url) as client:
             for _ in range(3):
                 await client.ping()

@@ -1,4 +1,4 @@
-"""The batcher on a clock that a test moves: what makes a batch due, what it takes, and who is told when it has passed."""
+"""The batcher on a clock that a test moves: what makes a batch due, what it takes, who is told when it has passed."""
 
 from __future__ import annotations
 

@@ -111,7 +111,7 @@ def test_the_environment_is_read_and_arguments_win_over_it(monkeypatch: pytest.M
     assert config.batch_flush_count == 1_000, "only our own prefix is read"
     assert SyncEngineConfig(batch_flush_ms=8).batch_flush_ms == 8
     monkeypatch.setenv("SYNC_ENGINE_BATCH_FLUSH_MS", "-1")
-    with pytest.raises(ConfigError, match="^batch_flush_ms = '?-1"):
+    with pytest.raises(ConfigError, match=r"^batch_flush_ms = '?-1"):
         SyncEngineConfig()
 
 

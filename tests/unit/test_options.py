@@ -68,10 +68,10 @@ def test_a_lifetime_is_kept_exactly(ttl: Any, ms: int) -> None:
 
 @pytest.mark.parametrize("ttl", BAD_TTLS, ids=lambda ttl: "huge" if ttl == 10**5_000 else repr(ttl)[:20])
 def test_a_lifetime_that_is_none_is_refused(ttl: Any) -> None:
-    with pytest.raises(InvalidItem, match="^redis_ttl") as refused:
+    with pytest.raises(InvalidItem, match=r"^redis_ttl") as refused:
         SubmitOptions(redis_ttl=ttl)
     assert refused.value.field == "redis_ttl"
-    with pytest.raises(InvalidItem, match="^redis_ttl"):
+    with pytest.raises(InvalidItem, match=r"^redis_ttl"):
         SubmitOptions.cache(ttl)
 
 
