@@ -245,11 +245,13 @@ class WritePath:
                     entry.outdone = True  # SQL has no such item: a copy in L1 is of one that another engine deleted
                 self._pending.became(entry, _as_applied(spoken, applied))
             entry.hop += 1
-            entry.barred = lane is self.truth and object_id in applied.superseded
-            overtaken = self._overtaken(entry) or (
-                # Else a newer one of ours is on its way to Redis, and this one is not stored before that is.
-                entry.barred and self._pending.get(object_id) is plan.decides[object_id]
-            )
+            newest = self._pending.get(object_id)
+            last = newest is plan.decides[object_id]
+            # A change of state of ours that follows needs the item to be there: in Redis it changes what it finds.
+            needed = newest is not None and not last and newest.op.kind == "restate"
+            entry.barred = lane is self.truth and object_id in applied.superseded and not needed
+            # Else a newer one of ours is on its way to Redis, and this one is not stored before that is.
+            overtaken = self._overtaken(entry) or (entry.barred and last)
             onward = None if overtaken else self._next_lane(entry)
             if onward is not None:
                 if entry.volatile_bytes and not entry.sql_first:
