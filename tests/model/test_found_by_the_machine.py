@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 from pydantic import SecretStr
 from redis.asyncio import Redis
@@ -14,9 +16,17 @@ from sync_engine import (
     SyncItem,
     TierUnavailable,
 )
+from sync_engine.clock import SystemClock
+from sync_engine.item import Op
+from sync_engine.ports import Applied
+from sync_engine.resilience import RetryPolicy
 from sync_engine.storage.redis import RedisStore
 from sync_engine.storage.sql import SqlStore
 from sync_engine.testing.fixtures import StartRedis
+from sync_engine.testing.tiers import MemoryTier
+from sync_engine.write.batcher import Batcher
+from sync_engine.write.flush import Lane, Plan
+from sync_engine.write.pending import Entry
 
 NEVER_MS = 60_000
 
@@ -155,3 +165,34 @@ async def test_I3_a_change_of_state_that_is_replayed_finds_its_item_in_redis(
             assert await cache.list_state_ids("hot") == ids
         finally:
             await cache.close()
+
+
+async def test_I1_a_write_left_out_for_one_that_skips_sql_leaves_a_tombstone_against_its_replay() -> None:
+    """The row was never written, so there was nothing to delete; after a crash the log brought the older item back."""
+    tier = MemoryTier("l3")
+    lane = Lane(
+        tier,
+        Batcher(flush_count=9, flush_bytes=1 << 20, flush_after_ms=0, clock=SystemClock()),
+        Nobody(),
+        lambda op: op.sql,
+        erases_blindly=False,
+        retry=RetryPolicy(),
+        clock=SystemClock(),
+    )
+    older, newer, other = (
+        Entry(Op(kind="put", object_id=object_id, stamp=stamp, item=SyncItem(object_id, b"x", stamp=stamp), sql=sql))
+        for object_id, stamp, sql in (("a", 1, True), ("a", 2, False), ("b", 3, False))
+    )
+    await lane._flush([older, newer, other])
+    assert tier.tombstones == {"a": 2}, "and what never had a row costs no write"
+    assert (await tier.apply([older.op])).superseded == {"a"}
+
+
+class Nobody:
+    """A carrier of entries that have their values and go nowhere."""
+
+    async def load(self, batch: Sequence[Entry], /) -> None:
+        pass
+
+    async def passed(self, lane: Lane, batch: Sequence[Entry], plan: Plan, applied: Applied, /) -> None:
+        pass

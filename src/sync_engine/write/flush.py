@@ -29,22 +29,26 @@ class Plan:
     """What one tier is to do: ``ops`` ascending by id, at most one per id, and ``erase``: ids it no longer keeps.
 
     ``decides`` names the entry that speaks for each id, ``spoken`` what it says; the batch's other entries
-    are older.
+    are older, and their ids are ``outvoted``.
     """
 
     ops: list[Op]
     erase: list[Op]
     decides: dict[str, Entry]
     spoken: dict[str, Op]
+    outvoted: set[str]
 
 
 def plan_flush(batch: Sequence[Entry], keeps: Callable[[Op], bool]) -> Plan:
     """Reduce a batch to the newest operation per id, in id order so that two writers lock rows alike."""
     decides: dict[str, Entry] = {}
+    outvoted: set[str] = set()
     for entry in batch:
         held = decides.get(entry.op.object_id)
         if held is None or entry.op.stamp >= held.op.stamp:
             decides[entry.op.object_id] = entry
+        if held is not None:
+            outvoted.add(entry.op.object_id)
     ops: list[Op] = []
     erase: list[Op] = []
     spoken = {object_id: decides[object_id].effective() for object_id in sorted(decides)}
@@ -55,7 +59,7 @@ def plan_flush(batch: Sequence[Entry], keeps: Callable[[Op], bool]) -> Plan:
             erase.append(Op(kind="delete", object_id=object_id, stamp=op.stamp))
         else:
             ops.append(op)
-    return Plan(ops, erase, decides, spoken)
+    return Plan(ops, erase, decides, spoken, outvoted)
 
 
 class Carrier(Protocol):
@@ -135,9 +139,10 @@ class Lane:
     async def _apply(self, plan: Plan) -> Applied:
         erase = plan.erase
         if erase and not self._erases_blindly:
-            # A cache-only item rarely has a row; asking is a read, a delete is a write with a tombstone.
+            # A cache-only item rarely has a row; asking is a read, a delete is a write with a tombstone. That one is
+            # needed where an older write was left out for this one: a crash may replay it from the log.
             held = await self.tier.exists_batch([op.object_id for op in erase])
-            erase = [op for op, there in zip(erase, held, strict=True) if there]
+            erase = [op for op, there in zip(erase, held, strict=True) if there or op.object_id in plan.outvoted]
         ops = sorted(plan.ops + erase, key=lambda op: op.object_id) if erase else plan.ops
         return await self._isolating(ops) if ops else Applied()
 
