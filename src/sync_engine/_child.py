@@ -108,7 +108,7 @@ async def locked(path: Path, wait_s: float) -> int:
                 await asyncio.sleep(0.05)
             else:
                 return fd
-    except BaseException:
+    except BaseException:  # cancelled or failed alike: the lock must not stay with us
         os.close(fd)
         raise
 

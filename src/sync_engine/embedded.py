@@ -95,7 +95,7 @@ class EmbeddedRedis:
         binaries = installed(self._modules)
         try:
             await self._start(binaries, self._make_home())
-        except BaseException:
+        except BaseException:  # cancelled or failed alike: no server and no folder is left behind
             self._discard()
             raise
 

@@ -65,7 +65,7 @@ class Late(Forwarding):
         tier = await self._connect()
         try:
             await self._connected(tier)
-        except BaseException:
+        except BaseException:  # cancelled or failed alike: nobody else would close it
             await tier.close()
             raise
         self.tier = tier

@@ -242,7 +242,7 @@ def _open(path: Path) -> tuple[Folder, Recovery]:
     folder = Folder(path)
     try:
         return folder, folder.recover()
-    except BaseException:
+    except BaseException:  # failed in any way: the folder's lock must not stay with us
         folder.close()
         raise
 

@@ -113,10 +113,6 @@ class Folder:
         self.keep_spare()
         return fd, path
 
-    def open_segment(self, path: Path) -> int:
-        """A file descriptor to go on writing a segment with. Raises ``OSError``."""
-        return os.open(path, _FLAGS)
-
     def note(self, oldest: int, newest: int, *, sync: bool = False) -> None:
         """Write down which segments must exist. Raises ``OSError``."""
         facts = f"{os.getpid()} {oldest} {newest}"

@@ -283,7 +283,7 @@ def _fork(task: dict[str, Any], writer: AckWriter) -> None:
     if os.fork():
         return
     try:
-        time.sleep(0.05)
+        time.sleep(0.05)  # gives the parent a moment to be mid-work; no loop runs in this child
         asyncio.run(SyncEngine(SyncEngineConfig(**task["config"])).start())
         writer.write({"e": "forked", "why": "nothing: it started"})
     except ConfigError as refused:

@@ -168,7 +168,7 @@ async def _load(order: Order, acks: dict[str, Acknowledged], story: Story, total
                     _kill(process)
                     loaded.killed_after_s = time.monotonic() - begun
         ended = await process.wait()
-    except BaseException:
+    except BaseException:  # Ctrl-C included: no engine process may outlive the demo
         _kill(process)
         await process.wait()
         raise

@@ -77,7 +77,7 @@ class AckJournal(AckWriter):
             process = subprocess.Popen(
                 [sys.executable, "-I", "-S", __file__, os.fspath(path)], stdin=read_fd, start_new_session=True
             )
-        except BaseException:
+        except BaseException:  # failed in any way: the pipe has no owner yet
             os.close(write_fd)
             raise
         finally:

@@ -87,7 +87,7 @@ class RedisStore:
         )
         try:
             await store._line.capabilities()
-        except BaseException:
+        except BaseException:  # cancelled or failed alike: the caller has no store to close
             await store.close()
             raise
         return store

@@ -43,7 +43,7 @@ async def prepare(session: Session) -> None:
         if not await _is_current(session):  # another process may have been first
             await _make(session)
         await session.commit()
-    except BaseException:
+    except BaseException:  # cancelled or failed alike: an open transaction keeps others out
         await session.rollback()
         raise
 

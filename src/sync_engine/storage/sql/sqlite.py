@@ -186,7 +186,7 @@ async def _settle(driver: aiosqlite.Connection, timeout_ms: int) -> None:
         ((encoding,),) = await driver.execute_fetchall("PRAGMA encoding")
         if encoding != "UTF-8":
             raise StoreError("l3", f"the file stores text as {encoding}; ids are ordered as UTF-8")
-    except BaseException:
+    except BaseException:  # cancelled or failed alike
         await driver.close()  # the pool has not taken it yet and would leave its thread running
         raise
 

@@ -69,7 +69,7 @@ class SqlStore:
             for _ in range(1 + READERS):
                 sessions.append(await Session.open(engine))
             await prepare(sessions[0])
-        except BaseException:
+        except BaseException:  # cancelled or failed alike: the caller has no store to close
             for session in sessions:
                 await session.close()
             await engine.dispose()
@@ -252,7 +252,7 @@ class SqlStore:
                 await self._writer.begin()
                 applied = await apply_ops(self._writer, self._words, ops, now_ms)
                 await self._writer.commit()
-            except BaseException:
+            except BaseException:  # cancelled or failed alike: an open transaction would take in the next writes
                 await self._writer.rollback()
                 raise
             return applied
