@@ -1,4 +1,4 @@
-"""The line to Redis: the client with its bounds, calls that survive their caller, errors in our words.
+"""The line to one Redis: the client with its bounds, calls that survive their caller, errors in our words.
 
 Commands are packed by hiredis and sent over a pooled connection directly: redis-py's own asyncio packing
 costs 0.5 µs per argument and its retry would send a write twice. Every call runs in a task owned here, so
@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Coroutine, Sequence
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import hiredis
@@ -35,26 +35,30 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 from sync_engine.errors import ConfigError, NotRunning, StoreError, SyncEngineError, TierUnavailable
 from sync_engine.storage.redis.capabilities import Capabilities, json_answers
 from sync_engine.storage.redis.scripts import Script
+from sync_engine.storage.redis.shards import Arg, Shard
 
-__all__ = ["Arg", "Line"]
+__all__ = ["Line"]
 
 log = logging.getLogger(__name__)
+
+R = TypeVar("R")
 
 CONNECTIONS_MAX = 16
 """Calls to Redis at a time; one is enough to keep it busy, the rest is for stalls. Further calls wait."""
 
 SCHEMES = ("redis", "rediss", "unix")
 
-Arg = bytes | str | int
-
 # The first word of errors that say "not now" rather than "not this", where redis-py has no class for them.
 _NOT_NOW = ("BUSY", "LOADING", "MASTERDOWN", "MISCONF", "NOREPLICAS", "OOM", "READONLY", "UNKILLABLE")
 
 
 class Line:
-    """A bounded pool of connections to one server. Opens no connection before the first call."""
+    """``Servers`` that are one: a bounded pool of connections. Opens no connection before the first call."""
 
-    def __init__(self, url: str, *, timeout_ms: int, response_timeout_ms: int) -> None:
+    single = True
+
+    def __init__(self, url: str, prefix: str, *, timeout_ms: int, response_timeout_ms: int) -> None:
+        self.shards: Sequence[Shard] = (Shard(0, prefix),)
         self.client = _client(url, timeout_ms / 1000, response_timeout_ms / 1000)
         self._pool = self.client.connection_pool
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -65,7 +69,8 @@ class Line:
         """What the server can do; asked once, when it first answers."""
         if self._capabilities is None:
             try:
-                await self.call("JSON.MGET", "sync-engine:no-such-key", "$")
+                # Below our prefix, since an ACL may allow us no other key.
+                await self.call(self.shards[0], "JSON.MGET", f"{self.shards[0].prefix}__local__:none", "$")
                 found = Capabilities(json=True)
             except (StoreError, _NotPermitted) as refused:
                 found = Capabilities(json=json_answers(refused.reason))
@@ -74,26 +79,38 @@ class Line:
             self._capabilities = found
         return self._capabilities
 
-    async def call(self, *args: Arg) -> Any:
+    def shard_of(self, object_id: str) -> Shard:
+        """The only one."""
+        return self.shards[0]
+
+    def by_shard(self, ids: Sequence[str]) -> dict[Shard, Sequence[str]]:
+        """All of them in the only one."""
+        return {self.shards[0]: ids} if ids else {}
+
+    async def call(self, shard: Shard, *args: Arg) -> Any:
         """The reply to one command. Raises ``TierUnavailable`` or ``StoreError``."""
-        return await asyncio.shield(self.own(self.exchange(*args)))
+        return await asyncio.shield(self.own(self.exchange(shard, *args)))
 
-    async def run(self, script: Script, keys: Sequence[Arg], args: Sequence[Arg]) -> Any:
+    async def everywhere(self, *args: Arg) -> list[Any]:
+        """The replies of every primary to one command: of the only one."""
+        return [await self.call(self.shards[0], *args)]
+
+    async def run(self, shard: Shard, script: Script, keys: Sequence[Arg], args: Sequence[Arg]) -> Any:
         """The reply to one script, sent by its hash and, where the server has not seen it, by its text."""
-        return await asyncio.shield(self.start(script, keys, args))
+        return await asyncio.shield(self.start(shard, script, keys, args))
 
-    def start(self, script: Script, keys: Sequence[Arg], args: Sequence[Arg]) -> asyncio.Task[Any]:
+    def start(self, shard: Shard, script: Script, keys: Sequence[Arg], args: Sequence[Arg]) -> asyncio.Task[Any]:
         """``run`` in a task of ours; whoever awaits it does so shielded."""
-        return self.own(self.evaluate(script, keys, args))
+        return self.own(self.evaluate(shard, script, keys, args))
 
-    async def evaluate(self, script: Script, keys: Sequence[Arg], args: Sequence[Arg]) -> Any:
+    async def evaluate(self, shard: Shard, script: Script, keys: Sequence[Arg], args: Sequence[Arg]) -> Any:
         """``run`` in the caller's own task, which must be one that nobody cancels."""
         try:
-            return await self.exchange("EVALSHA", script.sha, len(keys), *keys, *args)
+            return await self.exchange(shard, "EVALSHA", script.sha, len(keys), *keys, *args)
         except _UnknownScript:
-            return await self.exchange("EVAL", script.text, len(keys), *keys, *args)
+            return await self.exchange(shard, "EVAL", script.text, len(keys), *keys, *args)
 
-    async def exchange(self, *args: Arg) -> Any:
+    async def exchange(self, shard: Shard, *args: Arg) -> Any:
         """One command and its reply in the caller's own task, which must be one that nobody cancels."""
         if self._closed:
             raise NotRunning("the connection to Redis is closed")
@@ -115,8 +132,8 @@ class Line:
         self._closed = True
         await self.client.aclose(close_connection_pool=True)
 
-    def own(self, call: Any) -> asyncio.Task[Any]:
-        task: asyncio.Task[Any] = asyncio.get_running_loop().create_task(call)
+    def own(self, call: Coroutine[Any, Any, R]) -> asyncio.Task[R]:
+        task = asyncio.get_running_loop().create_task(call)
         self._tasks.add(task)
         task.add_done_callback(self._done)
         return task

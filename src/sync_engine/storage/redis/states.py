@@ -13,8 +13,8 @@ from typing import Any
 
 from sync_engine.errors import InvalidItem
 from sync_engine.item import Op, check_id, check_state
-from sync_engine.storage.redis.connect import Arg, Line
 from sync_engine.storage.redis.scripts import STATES
+from sync_engine.storage.redis.shards import Arg, Servers
 
 __all__ = ["StateSets"]
 
@@ -28,9 +28,8 @@ Change = Callable[[Sequence[Op], str], Awaitable[int]]
 class StateSets:
     """The state calls of a store, on the sets ``{prefix}state:{state}`` of ids without prefix."""
 
-    def __init__(self, line: Line, prefix: str, change: Change) -> None:
-        self._line = line
-        self._prefix = prefix
+    def __init__(self, servers: Servers, change: Change) -> None:
+        self._servers = servers
         self._change = change
 
     async def ids(self, state: str, limit: int, after: str | None) -> list[str]:
@@ -82,5 +81,6 @@ class StateSets:
         return following, ids
 
     async def _ask(self, state: str, *question: Arg) -> Any:
-        keys = (f"{self._prefix}state:{check_state(state)}",)
-        return await self._line.run(STATES, keys, (self._prefix, 0, *question))
+        shard = self._servers.shards[0]
+        keys = (f"{shard.prefix}state:{check_state(state)}",)
+        return await self._servers.run(shard, STATES, keys, (shard.prefix, 0, *question))

@@ -6,37 +6,26 @@ and its membership in one step; every read is one round trip. docs/formats.md ha
 
 from __future__ import annotations
 
-import asyncio
 import time
 import uuid
-from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
-from typing import cast
+from collections.abc import Iterable, Sequence
 
 from redis.asyncio import Redis
+from redis.asyncio.cluster import RedisCluster
 
-from sync_engine.coalesce import Coalescer
-from sync_engine.codec import Read, Unverified, read_document, read_string
-from sync_engine.errors import ConfigError, Corruption, InvalidItem, StoreError, SyncEngineError
+from sync_engine.codec import Unverified
+from sync_engine.errors import ConfigError, Corruption
 from sync_engine.item import Op, SyncItem, check_id
 from sync_engine.options import Ttl, ttl_ms
 from sync_engine.ports import Applied, BatchWriteResult, Fetched
+from sync_engine.storage.redis.apply import Writer
 from sync_engine.storage.redis.connect import Line
-from sync_engine.storage.redis.pack import BinaryFormat, Chunk, packed
-from sync_engine.storage.redis.scripts import APPLY, APPLY_AT_OOM, EXISTS, FETCH
+from sync_engine.storage.redis.pack import BinaryFormat
+from sync_engine.storage.redis.shards import Servers
 from sync_engine.storage.redis.states import StateSets
+from sync_engine.storage.redis.values import Values
 
 __all__ = ["RedisStore"]
-
-TOMBSTONE_MS = 300_000
-"""How long a delete keeps older writes out: far above the time that a flush or a read can be late."""
-
-CHUNKS_IN_FLIGHT_MAX = 3
-"""One is being applied and one is waiting at the server while the next is being packed."""
-
-
-READ_IDS_MAX = 500
-"""Ids per read: 1-2 ms of the server."""
 
 
 class RedisStore:
@@ -58,10 +47,10 @@ class RedisStore:
                 f"redis_prefix {prefix!r}, redis_binary_format {binary_format!r}: no NUL; compact or json"
             )
         self.prefix = prefix
-        self._line = Line(url, timeout_ms=timeout_ms, response_timeout_ms=response_timeout_ms)
-        self._binary_format = binary_format
-        self._coalescer: Coalescer[SyncItem | Unverified | Corruption] = Coalescer(self._read_chunk, READ_IDS_MAX)
-        self._states = StateSets(self._line, prefix, self._change_in)
+        self._servers: Servers = Line(url, prefix, timeout_ms=timeout_ms, response_timeout_ms=response_timeout_ms)
+        self._writer = Writer(self._servers, binary_format)
+        self._values = Values(self._servers)
+        self._states = StateSets(self._servers, self._writer.change)
 
     @classmethod
     async def connect(
@@ -86,20 +75,20 @@ class RedisStore:
             binary_format=binary_format,
         )
         try:
-            await store._line.capabilities()
+            await store._servers.capabilities()
         except BaseException:  # cancelled or failed alike: the caller has no store to close
             await store.close()
             raise
         return store
 
     @property
-    def client(self) -> Redis:
+    def client(self) -> Redis | RedisCluster:
         """The redis-py client, for what this class does not offer. Closed by ``close``."""
-        return self._line.client
+        return self._servers.client
 
     async def get(self, object_id: str) -> SyncItem | None:
         """The item, or None. Gets of one event-loop tick share one round trip. Raises ``Corruption``."""
-        found = await self._coalescer.get(check_id(object_id))
+        found = await self._values.one(check_id(object_id))
         if isinstance(found, Corruption):
             raise found
         return found.item if isinstance(found, Unverified) else found
@@ -155,12 +144,7 @@ class RedisStore:
         """Whether each item is there, in input order."""
         for object_id in ids:
             check_id(object_id)
-        json = (await self._line.capabilities()).json
-        answers: list[bool] = []
-        for start in range(0, len(ids), READ_IDS_MAX):
-            keys = [self.prefix + object_id for object_id in ids[start : start + READ_IDS_MAX]]
-            answers += map(bool, await self._line.run(EXISTS, keys, (self.prefix, int(json))))
-        return answers
+        return await self._values.exists(ids)
 
     async def list_state_ids(self, state: str, limit: int = 1_000, *, after: str | None = None) -> list[str]:
         """Ids in the state, ascending, those greater than ``after``."""
@@ -188,18 +172,7 @@ class RedisStore:
 
     async def fetch(self, ids: Sequence[str], /) -> Fetched:
         """Everything held of these ids, one round trip per 500."""
-        wanted = _checked(ids)
-        fetched = Fetched()
-        for start in range(0, len(wanted), READ_IDS_MAX):
-            chunk = wanted[start : start + READ_IDS_MAX]
-            for object_id, found in (await asyncio.shield(self._line.own(self._read_chunk(chunk)))).items():
-                if isinstance(found, SyncItem):
-                    fetched.items[object_id] = found
-                elif isinstance(found, Unverified):
-                    fetched.unverified[object_id] = found.item
-                else:
-                    fetched.corrupt[object_id] = found
-        return fetched
+        return await self._values.fetch(_checked(ids))
 
     async def apply(self, ops: Sequence[Op], /) -> Applied:
         """Apply at most one operation per id, each chunk of up to 250 in one atomic step.
@@ -208,98 +181,15 @@ class RedisStore:
         Raises ``TierUnavailable``: then the outcome of every operation is unknown. Raises ``InvalidItem`` if an
         id comes twice.
         """
-        told, refused = await self._send(ops, None)
-        kinds = {op.object_id: op.kind for op in ops} if told else {}
-        superseded, existed = set[str](), set[str]()
-        for object_id, outcome in told:
-            if outcome == b"superseded":
-                superseded.add(object_id)
-            elif outcome != b"done":
-                refused[object_id] = StoreError("l2", outcome.decode(errors="replace"))
-            elif kinds[object_id] == "delete":
-                existed.add(object_id)
-        return Applied(
-            superseded=frozenset(superseded),
-            refused=cast(Mapping[str, SyncEngineError], refused),
-            existed=frozenset(existed),
-        )
+        return await self._writer.apply(ops)
 
     async def close(self) -> None:
         """Let calls under way finish and close the connections. Safe to call twice."""
-        await self._coalescer.aclose()
-        await self._line.close()
-
-    async def _change_in(self, ops: Sequence[Op], state: str) -> int:
-        told, refused = await self._send(ops, state)
-        for object_id, outcome in told:
-            if outcome not in (b"done", b"superseded"):
-                refused[object_id] = StoreError("l2", outcome.decode(errors="replace"))
-        for error in refused.values():
-            raise error
-        return sum(outcome == b"done" for _, outcome in told)
-
-    async def _send(
-        self, ops: Sequence[Op], only_in: str | None
-    ) -> tuple[list[tuple[str, bytes]], dict[str, StoreError]]:
-        if len({op.object_id for op in ops}) != len(ops):
-            raise InvalidItem("ops", f"{len(ops)} operations", "must hold at most one per id")
-        refused: dict[str, StoreError] = {}
-        told: list[tuple[str, bytes]] = []
-        documents = (await self._line.capabilities()).json
-        head = (self.prefix, int(documents), TOMBSTONE_MS)
-        flying: deque[tuple[Chunk, asyncio.Task[list[int | bytes]]]] = deque()
-
-        async def land() -> None:
-            chunk, task = flying.popleft()
-            answer = await asyncio.shield(task)
-            told.extend(
-                (chunk.ids[cast(int, index)], cast(bytes, outcome))
-                for index, outcome in zip(answer[::2], answer[1::2], strict=True)
-            )
-
-        for chunk in packed(
-            ops,
-            prefix=self.prefix,
-            documents=documents,
-            binary_format=self._binary_format,
-            only_in=only_in,
-            refused=refused,
-        ):
-            if len(flying) == CHUNKS_IN_FLIGHT_MAX:
-                await land()
-            script = APPLY if chunk.writes else APPLY_AT_OOM
-            flying.append((chunk, self._line.start(script, chunk.keys, (*head, *chunk.args))))
-            # The call reaches the socket in its second tick (redis-py sends in a task of its own); only then is the
-            # next chunk packed, while Redis works.
-            await asyncio.sleep(0)
-            await asyncio.sleep(0)
-        while flying:
-            await land()
-        return told, refused
-
-    async def _read_chunk(self, ids: Sequence[str]) -> Mapping[str, SyncItem | Unverified | Corruption]:
-        keys = [self.prefix + object_id for object_id in ids] if self.prefix else ids
-        if (await self._line.capabilities()).json:
-            documents, strings = await self._line.evaluate(FETCH, keys, ())
-        else:
-            documents, strings = [None] * len(keys), await self._line.exchange("MGET", *keys)
-        found: dict[str, SyncItem | Unverified | Corruption] = {}
-        rest = iter(strings)
-        for object_id, document in zip(ids, documents, strict=True):
-            read: Read
-            if document is not None:
-                read = read_document(object_id, document)
-            else:
-                string = next(rest)
-                if string is None:
-                    continue
-                read = read_string(object_id, string)
-            if read is not None:
-                found[object_id] = read
-        return found
+        await self._values.aclose()
+        await self._servers.close()
 
     def __repr__(self) -> str:
-        return f"<RedisStore prefix {self.prefix!r} {self._line!r}>"
+        return f"<RedisStore prefix {self.prefix!r} {self._servers!r}>"
 
 
 def _checked(ids: Iterable[str]) -> list[str]:
