@@ -20,7 +20,7 @@ QUICK := not slow and not crash
 # Passed on by demo, bench and docs-test: make demo ARGS="--places 1000"
 ARGS ?=
 
-.PHONY: help demo test lint bench docs-test other-pythons strace python constraints audit clean
+.PHONY: help demo test lint bench docs-test other-pythons strace redis-tools python constraints audit clean
 
 help:
 	@echo 'make demo       30,000 places through memory, Redis and SQL, with a kill -9 on the way (takes ARGS=...)'
@@ -34,7 +34,7 @@ help:
 demo: .venv/ready-demo
 	@$(BIN)/sync-engine demo $(ARGS)
 
-test: lint strace other-pythons
+test: lint strace redis-tools other-pythons
 	@echo '== tests, $(WORKERS) processes'
 	@$(BIN)/pytest -n $(WORKERS) --dist worksteal
 
@@ -73,6 +73,14 @@ strace:
 	  echo '== strace is missing: installing it' && \
 	  { export DEBIAN_FRONTEND=noninteractive; apt-get install -y -qq strace || { apt-get update -qq && apt-get install -y -qq strace; }; } >/dev/null 2>&1; \
 	} || echo '!! NO STRACE, AND IT COULD NOT BE INSTALLED: the crash tests that need it will be skipped'
+
+# The kind `redis-7` of the tests: Debian's Redis, with TLS. redis-tools holds the server too (redis-check-rdb is the
+# same executable) and, unlike redis-server, starts no service. Its tests fail, they do not skip, where it is missing.
+redis-tools:
+	@command -v redis-check-rdb >/dev/null || { \
+	  echo '== redis-tools is missing: installing it' && \
+	  { export DEBIAN_FRONTEND=noninteractive; apt-get install -y -qq redis-tools || { apt-get update -qq && apt-get install -y -qq redis-tools; }; } >/dev/null 2>&1; \
+	} || echo '!! NO REDIS-TOOLS, AND IT COULD NOT BE INSTALLED: the tests that need Redis 7.0, TLS or redis-cli will fail'
 
 python:
 	@$(PYTHON) -c 'import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 11))' || { \

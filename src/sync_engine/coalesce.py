@@ -21,12 +21,20 @@ class Coalescer(Generic[T]):
     """Turns single gets into calls of ``fetch_many``, at most ``ids_max`` keys each.
 
     ``fetch_many`` answers with what it found; a key it leaves out is ``None`` for its waiters. What it
-    raises reaches every waiter of that call.
+    raises reaches every waiter of that call. ``joins``: gets join a flight that has left already, whose
+    answer may be older than they are; then somebody has to ``forget`` what was written.
     """
 
-    def __init__(self, fetch_many: Callable[[Sequence[str]], Awaitable[Mapping[str, T]]], ids_max: int = 500) -> None:
+    def __init__(
+        self,
+        fetch_many: Callable[[Sequence[str]], Awaitable[Mapping[str, T]]],
+        ids_max: int = 500,
+        *,
+        joins: bool = True,
+    ) -> None:
         self._fetch_many = fetch_many
         self._ids_max = ids_max
+        self._joins = joins
         self._boarding: dict[str, list[asyncio.Future[T | None]]] = {}
         self._flying: dict[str, list[asyncio.Future[T | None]]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -34,7 +42,7 @@ class Coalescer(Generic[T]):
 
     async def get(self, key: str) -> T | None:
         """What ``fetch_many`` says of the key. Raises what it raises; ``NotRunning`` after ``aclose``."""
-        waiters = self._flying.get(key) or self._boarding.get(key)
+        waiters = (self._flying.get(key) if self._joins else None) or self._boarding.get(key)
         loop = asyncio.get_running_loop()
         mine: asyncio.Future[T | None] = loop.create_future()
         if waiters is not None:

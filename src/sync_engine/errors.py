@@ -13,6 +13,11 @@
     ├── TierUnavailable        a tier could not be asked; the outcome of a write is then unknown, not failed
     ├── Corruption             stored bytes do not match their SHA-256
     ├── VersionConflict        a compare-and-set met another version
+    ├── SearchError            a search, or a call on a search index, cannot be done as it is
+    │   ├── InvalidQuery       the server does not understand the query
+    │   ├── IndexNotFound
+    │   ├── IndexConflict      an index of this name exists and is another one
+    │   └── SearchUnavailable  this server has no search
     └── StoreError             a tier answered, and refused this item or this call
 
 ``retryable`` says whether the same call can succeed later without anybody changing it. It is
@@ -25,12 +30,17 @@ __all__ = [
     "Backpressure",
     "ConfigError",
     "Corruption",
+    "IndexConflict",
+    "IndexNotFound",
     "InvalidId",
     "InvalidItem",
+    "InvalidQuery",
     "InvalidState",
     "NotJson",
     "NotRunning",
     "PayloadTooLarge",
+    "SearchError",
+    "SearchUnavailable",
     "StoreError",
     "SyncEngineError",
     "TierNotConfigured",
@@ -125,6 +135,39 @@ class VersionConflict(SyncEngineError):
         self.object_id = object_id
         self.expected = expected
         self.actual = actual
+
+
+class SearchError(SyncEngineError):
+    """A search, or a call on a search index, cannot be done as it is."""
+
+
+class InvalidQuery(SearchError, ValueError):
+    """The server does not understand the query; ``reason`` is in its own words."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"the query was refused: {reason}")
+        self.reason = reason
+
+
+class IndexNotFound(SearchError):
+    """There is no search index of this name."""
+
+    def __init__(self, index: str) -> None:
+        super().__init__(f"there is no search index {index!r}")
+        self.index = index
+
+
+class IndexConflict(SearchError):
+    """A search index of this name exists and is another one; ``difference`` says in what."""
+
+    def __init__(self, index: str, difference: str) -> None:
+        super().__init__(f"the search index {index!r} exists and is another one: {difference}")
+        self.index = index
+        self.difference = difference
+
+
+class SearchUnavailable(SearchError):
+    """This server has no search: RediSearch is not there, or RedisJSON, without which there is nothing to index."""
 
 
 class StoreError(SyncEngineError):

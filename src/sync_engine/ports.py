@@ -19,11 +19,14 @@ from sync_engine.item import Op, SyncItem
 __all__ = [
     "Applied",
     "BatchWriteResult",
+    "Cache",
+    "Changes",
     "Clock",
     "Fetched",
     "Hot",
     "Journal",
     "Logged",
+    "Mark",
     "Reads",
     "Scans",
     "States",
@@ -75,6 +78,67 @@ class BatchWriteResult:
     verified: bool
     failed: Mapping[str, str] = field(default_factory=dict)
     superseded: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """What one place of a cache (a server, or a shard of a cluster) knows of its own past, in stamps.
+
+    ``run`` names the server process, empty where it may not be asked. ``newest`` is the highest stamp applied there,
+    ``began`` what that was when this run was first called. What the place may have lost is newer than ``since``; None
+    once somebody has made up for it.
+    """
+
+    place: int
+    run: str
+    newest: int
+    began: int
+    since: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """A page of what a truth accepted: whole items as restates, deletes with their stamps, each id once.
+
+    ``after`` is where the next page begins, None after the last.
+    """
+
+    ops: Sequence[Op]
+    after: tuple[int, str] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """One server of a cache: the places that it has, the bytes that it uses, and its limit, 0 where it has none."""
+
+    places: tuple[int, ...]
+    used_bytes: int
+    limit_bytes: int
+
+    @property
+    def share(self) -> float:
+        """How full it is: from 0 on, 1 at its limit."""
+        return self.used_bytes / self.limit_bytes if self.limit_bytes else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class CacheFacts:
+    """What a cache is at this moment.
+
+    ``about`` describes it in a line. ``memory`` is empty, and ``policies`` too, where that may not be asked.
+    ``policies`` are what its servers do at their limit, in Redis' words.
+    """
+
+    about: str
+    documents: bool
+    searchable: bool
+    memory: Sequence[Memory] = ()
+    policies: frozenset[str] = frozenset()
+
+    @property
+    def evicts_anything(self) -> bool:
+        """Whether a server may drop any key at its limit, a change stream among them."""
+        return any(policy.startswith("allkeys-") for policy in self.policies)
 
 
 class Reads(Protocol):
@@ -146,6 +210,76 @@ class Truth(Tier, Scans, Protocol):
 
     async def newest_stamp(self) -> int:
         """A stamp that no write this tier has accepted exceeds; 0 when it never accepted one."""
+        ...
+
+    async def held_stamps(self, ids: Sequence[str], /) -> dict[str, int]:
+        """The stamps of the items that are held."""
+        ...
+
+    async def buried_stamps(self, ids: Sequence[str], /) -> dict[str, int]:
+        """The stamps of the deletes that are remembered."""
+        ...
+
+    async def changed_since(self, stamp: int, after: tuple[int, str] | None = ..., limit: int = ...) -> Changes:
+        """Items and deletes of that stamp or newer, ascending by stamp; from stamp 0 the unstamped items first.
+
+        What changes while the pages are read moves ahead, so that the last page ends with what stands then.
+        """
+        ...
+
+    async def forgotten(self) -> int:
+        """A stamp below which deletes may have been forgotten."""
+        ...
+
+    async def note_late(self, at_ms: int, stamp: int, /) -> None:
+        """Remember durably that from this moment on a cache is given an operation of this old stamp."""
+        ...
+
+    async def late_since(self, at_ms: int, /) -> int | None:
+        """The oldest stamp that a cache was given at that moment or after it, as far as noted."""
+        ...
+
+
+@runtime_checkable
+class Cache(Tier, Protocol):
+    """A tier that may forget: by restart, by eviction."""
+
+    async def marks(self, newest: int = ..., /) -> Sequence[Mark]:
+        """What each place knows of its past. ``newest``: no operation older than that was still to come.
+
+        Asking is what makes a place notice that it was restarted, unless an operation was first.
+        """
+        ...
+
+    async def healed(self, marks: Sequence[Mark], /) -> None:
+        """What these places had lost was made up for; does nothing where a place has been restarted since."""
+        ...
+
+    async def held_stamps(self, ids: Sequence[str], /) -> dict[str, int]:
+        """The stamps of the items that are held, in one round trip per chunk. Counts as no use of them."""
+        ...
+
+    async def evict(self, copies: Sequence[tuple[str, int]], /) -> int:
+        """Forget copies of exactly these stamps, leaving no trace of it; how many there were."""
+        ...
+
+    async def tell(self, ops: Sequence[Op], /) -> None:
+        """Tell again of changes that hold here, where the change stream may have lost what it was told of them.
+
+        Does nothing where a change and its entry cannot be lost apart from each other, or without a stream.
+        """
+        ...
+
+    async def facts(self) -> CacheFacts:
+        """What it is and how full. One round trip per server."""
+        ...
+
+    async def coldest(self, place: int, picked: int, most: int, /) -> list[tuple[str, int]]:
+        """Of so many items of a place, picked at random, at most so many that were used the longest ago.
+
+        Ids with their stamps, coldest first. Which of those that nobody has used for a second comes first is not
+        promised.
+        """
         ...
 
 

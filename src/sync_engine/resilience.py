@@ -17,7 +17,7 @@ from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_aft
 
 from sync_engine.errors import TierUnavailable
 from sync_engine.item import Op, SyncItem
-from sync_engine.ports import Applied, Clock, Fetched, Tier, Truth
+from sync_engine.ports import Applied, Cache, CacheFacts, Changes, Clock, Fetched, Mark, Tier, Truth
 
 __all__ = [
     "Breaker",
@@ -153,6 +153,7 @@ class Breaker:
         self.policy = BreakerPolicy() if policy is None else policy
         self.circuit = Circuit()
         self._clock = clock
+        self._reason = ""
 
     @property
     def phase(self) -> Phase:
@@ -168,17 +169,21 @@ class Breaker:
         self.circuit, allowed = allow(circuit, self.policy, now_s)
         if allowed:
             return self.circuit.turn
+        # Whoever is turned away hears why the circuit is open: the call that found out may have been somebody else's.
+        last = f"; last: {self._reason}" if self._reason else ""
         if circuit.phase == "half-open":
-            raise TierUnavailable(self.name, "circuit open, a probe is on its way")
+            raise TierUnavailable(self.name, f"circuit open, a probe is on its way{last}")
         rest_s = self.policy.rest_s - (now_s - circuit.opened_at_s)
-        raise TierUnavailable(self.name, f"circuit open for another {rest_s:.3g} s")
+        raise TierUnavailable(self.name, f"circuit open for another {rest_s:.3g} s{last}")
 
     def succeeded(self, turn: int) -> None:
         """The call of that turn was answered."""
         self.circuit = on_success(self.circuit, turn)
 
-    def failed(self, turn: int) -> None:
-        """The call of that turn could not be made, or was not answered in time."""
+    def failed(self, turn: int, reason: str = "") -> None:
+        """The call of that turn could not be made, or was not answered in time; ``reason`` says which and why."""
+        if turn == self.circuit.turn:
+            self._reason = reason
         self.circuit = on_failure(self.circuit, self.policy, turn, self._clock.monotonic())
 
     def abandoned(self, turn: int) -> None:
@@ -197,7 +202,7 @@ class Breaker:
 class Forwarding:
     """A tier around a tier: every verb goes through ``_through``, which a subclass overrides.
 
-    It has the verbs of a truth; those of ``Scans`` work only where the tier inside has them.
+    It has the verbs of a truth and of a cache; each works only where the tier inside has it.
     """
 
     def __init__(self, tier: Tier) -> None:
@@ -234,6 +239,42 @@ class Forwarding:
     async def newest_stamp(self) -> int:
         return await self._through(self._truth.newest_stamp)
 
+    async def held_stamps(self, ids: Sequence[str], /) -> dict[str, int]:
+        return await self._through(self._truth.held_stamps, ids)
+
+    async def buried_stamps(self, ids: Sequence[str], /) -> dict[str, int]:
+        return await self._through(self._truth.buried_stamps, ids)
+
+    async def changed_since(self, stamp: int, after: tuple[int, str] | None = None, limit: int = 500) -> Changes:
+        return await self._through(self._truth.changed_since, stamp, after, limit)
+
+    async def forgotten(self) -> int:
+        return await self._through(self._truth.forgotten)
+
+    async def note_late(self, at_ms: int, stamp: int, /) -> None:
+        return await self._through(self._truth.note_late, at_ms, stamp)
+
+    async def late_since(self, at_ms: int, /) -> int | None:
+        return await self._through(self._truth.late_since, at_ms)
+
+    async def marks(self, newest: int = 0, /) -> Sequence[Mark]:
+        return await self._through(self._cache.marks, newest)
+
+    async def healed(self, marks: Sequence[Mark], /) -> None:
+        return await self._through(self._cache.healed, marks)
+
+    async def evict(self, copies: Sequence[tuple[str, int]], /) -> int:
+        return await self._through(self._cache.evict, copies)
+
+    async def tell(self, ops: Sequence[Op], /) -> None:
+        return await self._through(self._cache.tell, ops)
+
+    async def facts(self) -> CacheFacts:
+        return await self._through(self._cache.facts)
+
+    async def coldest(self, place: int, picked: int, most: int, /) -> list[tuple[str, int]]:
+        return await self._through(self._cache.coldest, place, picked, most)
+
     async def close(self) -> None:
         await self.tier.close()
 
@@ -241,9 +282,16 @@ class Forwarding:
     def _truth(self) -> Truth:
         return cast(Truth, self.tier)
 
+    @property
+    def _cache(self) -> Cache:
+        return cast(Cache, self.tier)
+
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.tier!r}>"
 
+
+WRITES = frozenset({"apply", "evict", "healed", "marks", "tell"})
+"""Verbs that no reader waits for."""
 
 CLOSE_GRACE_S = 1.0
 """How long calls may still run once their tier is closed, which has waited for its own."""
@@ -280,12 +328,13 @@ class Guarded(Forwarding):
         call = asyncio.create_task(verb(*args, **kwargs))
         self._running[call] = turn
         call.add_done_callback(self._settle)
-        deadline_s = self._write_deadline_s if verb.__name__ == "apply" else self._deadline_s
+        deadline_s = self._write_deadline_s if verb.__name__ in WRITES else self._deadline_s
         try:
             if not await self._ended(call, deadline_s):
                 self._running[call] = None
-                self.breaker.failed(turn)
-                raise TierUnavailable(self.name, f"no answer within {deadline_s:g} s")
+                late = TierUnavailable(self.name, f"no answer within {deadline_s:g} s")
+                self.breaker.failed(turn, late.reason)
+                raise late
         except asyncio.CancelledError:
             self.breaker.abandoned(turn)
             raise
@@ -313,7 +362,7 @@ class Guarded(Forwarding):
         if call.cancelled():
             self.breaker.abandoned(turn)
         elif isinstance(failure, TierUnavailable):
-            self.breaker.failed(turn)
+            self.breaker.failed(turn, failure.reason)
         else:
             self.breaker.succeeded(turn)
 

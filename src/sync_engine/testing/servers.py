@@ -31,7 +31,7 @@ from sync_engine._child import Child
 from sync_engine._redis_server import Binaries, installed
 from sync_engine.errors import ConfigError, NotRunning, StoreError
 
-__all__ = ["KINDS", "RedisKind", "RunningRedis", "TlsFiles", "ask", "tls_files"]
+__all__ = ["ACL_USER", "KINDS", "RedisKind", "RunningRedis", "TlsFiles", "acl_rule", "ask", "tls_files"]
 
 READY_WITHIN_S = 30.0
 ENDED_WITHIN_S = 15.0
@@ -73,6 +73,15 @@ KINDS = {
     )
 }
 """The kinds that the store is tested against. ``redis-7`` is the only one of them that was built with TLS."""
+
+ACL_USER = ("ada", "sécret/@:")
+"""Name and password of the user of ``acl_rule``."""
+
+
+def acl_rule(pattern: str) -> str:
+    """For ``users``: no administration, and only keys that match ``pattern``; enough for the store (docs/redis.md)."""
+    name, password = ACL_USER
+    return f"{name} on >{password} resetchannels ~{pattern} +@all -@dangerous +info +config|get"
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,8 +153,9 @@ class RunningRedis:
         binaries = self.kind.binaries()
         begun_anew = self._home is None
         if self._home is None:
-            self._home = Path(tempfile.mkdtemp(prefix="sync-redis-", dir="/tmp"))  # noqa: S108 - 0700, a new name
+            self._home = Path(tempfile.mkdtemp(prefix="sync-redis-", dir="/tmp"))  # a socket path has to be short
             (self._home / "data").mkdir()
+        trouble = ""
         for _ in range(STARTS_MAX):
             if begun_anew:
                 self.port, self.tls_port = _free_port(), _free_port() if self._tls else 0
@@ -296,10 +306,10 @@ class RunningRedis:
 
 
 async def ask(url: str, *command: str | int | bytes) -> Any:
-    """The reply to one command in RESP2, text decoded, on a connection of its own; errors are redis-py's."""
-    once = Retry(NoBackoff(), 0)  # type: ignore[no-untyped-call]  # redis-py leaves it out
+    """The reply to one command on a connection of its own, as redis-py gives it: of RESP2, text decoded."""
+    once = Retry(NoBackoff(), 0)
     async with Redis.from_url(url, retry=once, decode_responses=True, protocol=2, socket_timeout=10) as redis:
-        return await redis.execute_command(*command)
+        return await redis.execute_command(*command)  # type: ignore[no-untyped-call]  # redis-py leaves it out
 
 
 def _valkey() -> Path:

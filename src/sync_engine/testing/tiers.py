@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Collection, Coroutine, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Container, Coroutine, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, Literal, ParamSpec, TypeVar
@@ -16,13 +16,21 @@ from typing import Any, Literal, ParamSpec, TypeVar
 from sync_engine.clock import SystemClock
 from sync_engine.errors import StoreError, SyncEngineError, TierUnavailable, VersionConflict
 from sync_engine.item import Op, SyncItem, check_id
-from sync_engine.ports import Applied, Clock, Fetched, Tier
+from sync_engine.ports import Applied, CacheFacts, Changes, Clock, Fetched, Mark, Memory, Tier
 from sync_engine.resilience import Forwarding
 
-__all__ = ["Breaking", "Counting", "Deaf", "MemoryTier", "Refusing", "Slow"]
+__all__ = ["UPKEEP", "Breaking", "Counting", "Deaf", "MemoryTier", "Refusing", "Slow"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+UPKEEP = frozenset(
+    (
+        *("changed_since", "coldest", "facts", "forgotten", "healed", "held_stamps"),
+        *("late_since", "marks", "newest_stamp", "tell"),
+    )
+)
+"""What an engine asks of its tiers without anybody asking the engine."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +53,8 @@ class MemoryTier:
         self._rows: dict[str, _Row] = {}
         self._clock = SystemClock() if clock is None else clock
         self._newest = 0
+        self._late: list[tuple[int, int]] = []
+        self._mark = Mark(0, "run 0", 0, 0, None)
 
     @property
     def rows(self) -> dict[str, SyncItem]:
@@ -112,8 +122,78 @@ class MemoryTier:
         await asyncio.sleep(0)
         return self._newest
 
+    async def held_stamps(self, ids: Sequence[str], /) -> dict[str, int]:
+        return {id_: item.stamp for id_, item in (await self.fetch(ids)).items.items()}
+
+    async def buried_stamps(self, ids: Sequence[str], /) -> dict[str, int]:
+        await asyncio.sleep(0)
+        return {id_: self.tombstones[id_] for id_ in ids if id_ in self.tombstones}
+
+    async def changed_since(self, stamp: int, after: tuple[int, str] | None = None, limit: int = 500) -> Changes:
+        await asyncio.sleep(0)
+        found = {(at, id_): Op(kind="delete", object_id=id_, stamp=at) for id_, at in self.tombstones.items()}
+        for item in self.rows.values():
+            op = Op(kind="restate", object_id=item.object_id, stamp=item.stamp, item=item, state=item.state)
+            found[item.stamp, item.object_id] = op
+        page = [place for place in sorted(found) if place > (after or (stamp, ""))][:limit]
+        return Changes([found[place] for place in page], page[-1] if len(page) == limit else None)
+
+    async def forgotten(self) -> int:
+        await asyncio.sleep(0)
+        return 0
+
+    async def note_late(self, at_ms: int, stamp: int, /) -> None:
+        await asyncio.sleep(0)
+        self._late.append((at_ms, stamp))
+
+    async def late_since(self, at_ms: int, /) -> int | None:
+        await asyncio.sleep(0)
+        return min((stamp for at, stamp in self._late if at >= at_ms), default=None)
+
+    async def marks(self, newest: int = 0, /) -> Sequence[Mark]:
+        await asyncio.sleep(0)
+        self._mark = replace(self._mark, newest=max(self._mark.newest, newest, self._newest))
+        return [self._mark]
+
+    async def healed(self, marks: Sequence[Mark], /) -> None:
+        await asyncio.sleep(0)
+        if self._mark.run == marks[0].run:
+            self._mark = replace(self._mark, since=None)
+
+    async def evict(self, copies: Sequence[tuple[str, int]], /) -> int:
+        held = await self.held_stamps([id_ for id_, _ in copies])
+        gone = [id_ for id_, stamp in copies if held.get(id_) == stamp]
+        for id_ in gone:
+            del self._rows[id_]
+        return len(gone)
+
+    async def tell(self, ops: Sequence[Op], /) -> None:
+        await asyncio.sleep(0)
+
+    async def facts(self) -> CacheFacts:
+        await asyncio.sleep(0)
+        return CacheFacts(repr(self), documents=True, searchable=False, memory=[Memory((0,), 0, 0)])
+
+    async def coldest(self, place: int, picked: int, most: int, /) -> list[tuple[str, int]]:
+        await asyncio.sleep(0)
+        return [(id_, item.stamp) for id_, item in islice(self.rows.items(), min(picked, most))]
+
     async def close(self) -> None:
         self.closed = True
+
+    # A server that was restarted
+
+    def saved(self) -> tuple[object, ...]:
+        """What is held now, for ``restarted``."""
+        return dict(self._rows), dict(self.tombstones), self._newest
+
+    def restarted(self, saved: tuple[Any, ...]) -> None:
+        """Come back with an older state: another run, which does not know what it lost."""
+        rows, tombstones, self._newest = saved
+        self._rows, self.tombstones = dict(rows), dict(tombstones)
+        since = min(self._newest, self._mark.since if self._mark.since is not None else self._newest)
+        run = f"run {int(self._mark.run.split()[1]) + 1}"
+        self._mark = Mark(0, run, self._newest, self._newest, since if rows else None)
 
     def __repr__(self) -> str:
         return f"<MemoryTier {self.name} {len(self._rows)} items, {len(self.tombstones)} tombstones>"
@@ -217,9 +297,15 @@ class Slow(Forwarding):
 
 
 class Deaf(Forwarding):
-    """Must not be asked: every call raises ``AssertionError``. It may be closed."""
+    """Must not be asked: every call raises ``AssertionError``, but for the verbs in ``but``. It may be closed."""
+
+    def __init__(self, tier: Tier, but: Container[str] = ()) -> None:
+        super().__init__(tier)
+        self._but = but
 
     async def _through(self, verb: Callable[P, Coroutine[Any, Any, R]], *args: P.args, **kwargs: P.kwargs) -> R:
+        if verb.__name__ in self._but:
+            return await verb(*args, **kwargs)
         raise AssertionError(f"{self.name} was asked: {verb.__name__}")
 
 

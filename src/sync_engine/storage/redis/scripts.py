@@ -6,7 +6,23 @@ import hashlib
 from dataclasses import dataclass
 from importlib.resources import files
 
-__all__ = ["APPLY", "APPLY_AT_OOM", "EXISTS", "FETCH", "STATES", "Script"]
+__all__ = [
+    "APPLY",
+    "APPLY_AT_OOM",
+    "CDC",
+    "COLDEST",
+    "COUNT",
+    "EXISTS",
+    "FETCH",
+    "INDEX",
+    "LAPSE",
+    "MARKS",
+    "PAGE",
+    "SEARCH",
+    "STAMPS",
+    "WHERE",
+    "Script",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,10 +40,20 @@ def _script(flags: str, *names: str) -> Script:
     return Script(text, hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest())
 
 
-APPLY = _script("", "common", "apply")
+APPLY = _script("", "common", "mark", "stream", "apply")
 """Writes; refused as a whole when Redis is out of memory."""
-APPLY_AT_OOM = _script(" flags=allow-oom", "common", "apply")
+APPLY_AT_OOM = _script(" flags=allow-oom", "common", "mark", "stream", "apply")
 """The same for chunks of deletes and state changes: what frees memory must work when there is none."""
+CDC = _script("", "stream", "cdc")
 FETCH = _script(" flags=no-writes", "fetch")
 EXISTS = _script(" flags=no-writes", "common", "exists")
-STATES = _script(" flags=allow-oom", "common", "states")
+WHERE = _script(" flags=no-writes", "common", "where")
+COLDEST = _script(" flags=no-writes", "common", "coldest")
+STAMPS = _script(" flags=no-writes", "common", "stamps")
+MARKS = _script(" flags=allow-oom", "common", "mark", "marks")
+SEARCH = _script(" flags=no-writes,allow-cross-slot-keys", "search")
+# The rest may sweep, or take stale entries out.
+PAGE = _script(" flags=allow-oom", "common", "ready", "page")
+COUNT = _script(" flags=allow-oom", "common", "ready", "count")
+INDEX = _script(" flags=allow-oom", "common", "index")
+LAPSE = _script(" flags=allow-oom", "common", "lapse")

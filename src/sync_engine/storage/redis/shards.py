@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -17,7 +18,7 @@ from redis.asyncio.cluster import RedisCluster
 from sync_engine.storage.redis.capabilities import Capabilities
 from sync_engine.storage.redis.scripts import Script
 
-__all__ = ["Arg", "Servers", "Shard"]
+__all__ = ["Arg", "Listening", "Servers", "Shard"]
 
 Arg = bytes | str | int
 R = TypeVar("R")
@@ -29,6 +30,17 @@ class Shard:
 
     number: int
     prefix: str
+
+
+class Listening(Protocol):
+    """A connection beside the pool. One command at a time, which may be cancelled; it reconnects by itself."""
+
+    async def exchange(self, *args: Arg, timeout_s: float | None) -> Any:
+        """The reply to a command that may take ``timeout_s``, None: as long as it takes.
+
+        Raises ``TierUnavailable`` or ``StoreError``, and ``NotRunning`` when the servers are closed meanwhile.
+        """
+        ...
 
 
 class Servers(Protocol):
@@ -54,16 +66,16 @@ class Servers(Protocol):
         """The ids parted by shard, each part in input order; shards without one are left out."""
         ...
 
+    async def primaries(self) -> Sequence[tuple[Shard, ...]]:
+        """For each primary the shards that it has now."""
+        ...
+
     async def capabilities(self) -> Capabilities:
-        """What the servers can do; asked once, when they first answer."""
+        """What the servers can do; asked when they first answer, and anew when they are others."""
         ...
 
     async def call(self, shard: Shard, /, *args: Arg) -> Any:
         """The reply to one command on the shard's server."""
-        ...
-
-    async def everywhere(self, *args: Arg) -> list[Any]:
-        """The replies of every primary to one command that names no key, in no promised order."""
         ...
 
     async def run(self, shard: Shard, script: Script, keys: Sequence[Arg], args: Sequence[Arg], /) -> Any:
@@ -80,6 +92,10 @@ class Servers(Protocol):
 
     async def exchange(self, shard: Shard, /, *args: Arg) -> Any:
         """``call`` in the caller's own task, which must be one that nobody cancels."""
+        ...
+
+    def listen(self, shard: Shard, /) -> AbstractAsyncContextManager[Listening]:
+        """A connection of its own to the shard's server, for commands that wait, such as XREAD BLOCK."""
         ...
 
     def own(self, call: Coroutine[Any, Any, R], /) -> asyncio.Task[R]:

@@ -3,22 +3,45 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from sync_engine.coalesce import Coalescer
 from sync_engine.codec import Read, Unverified, read_document, read_string
 from sync_engine.errors import Corruption
 from sync_engine.item import SyncItem
 from sync_engine.ports import Fetched
-from sync_engine.storage.redis.scripts import EXISTS, FETCH
+from sync_engine.storage.redis.scripts import EXISTS, FETCH, WHERE
 from sync_engine.storage.redis.shards import Servers, Shard
 
-__all__ = ["Values"]
+__all__ = ["Row", "Values", "paired", "read_row"]
 
 READ_IDS_MAX = 500
 """Ids per read: 1-2 ms of the server."""
 
 Found = Mapping[str, SyncItem | Unverified | Corruption]
+
+Row = tuple[str, bytes | None, bytes | None]
+"""An id, the document that its key holds, the string that it holds: at most one of these two."""
+
+
+def paired(ids: Sequence[bytes], documents: Sequence[bytes | None], strings: Sequence[bytes | None]) -> Iterator[Row]:
+    """Rows of a script's answer: each id has a document, or its string is the next one of the strings."""
+    rest = iter(strings)
+    documents = documents or (None,) * len(ids)
+    for raw, document in zip(ids, documents, strict=True):
+        string = next(rest) if document is None else None
+        try:
+            yield raw.decode(), document, string
+        except UnicodeDecodeError:
+            continue  # no id of anybody
+
+
+def read_row(row: Row) -> Read:
+    """What the row holds; None where that is no item."""
+    object_id, document, string = row
+    if document is not None:
+        return read_document(object_id, document)
+    return None if string is None else read_string(object_id, string)
 
 
 class Values:
@@ -26,7 +49,10 @@ class Values:
 
     def __init__(self, servers: Servers) -> None:
         self._servers = servers
-        self._coalescer: Coalescer[SyncItem | Unverified | Corruption] = Coalescer(self._read, READ_IDS_MAX)
+        # What was written since a read left, here or by others, must be seen by the next.
+        self._coalescer: Coalescer[SyncItem | Unverified | Corruption] = Coalescer(
+            self._read, READ_IDS_MAX, joins=False
+        )
 
     async def one(self, object_id: str) -> SyncItem | Unverified | Corruption | None:
         """What is held of one id; calls of one event-loop tick share a round trip."""
@@ -57,6 +83,13 @@ class Values:
                 answers = await self._servers.run(shard, EXISTS, keys, (shard.prefix, json))
                 there.update(zip(chunk, map(bool, answers), strict=True))
         return [there[object_id] for object_id in ids]
+
+    async def state_of(self, object_id: str) -> str | None:
+        """The state of the item, as its value says it; None where there is no item."""
+        shard = self._servers.shard_of(object_id)
+        json = int((await self._servers.capabilities()).json)
+        (state,) = await self._servers.run(shard, WHERE, (shard.prefix + object_id,), (shard.prefix, json))
+        return None if state is None else state.decode(errors="replace")
 
     async def aclose(self) -> None:
         """Let shared reads under way finish."""

@@ -1,12 +1,18 @@
 -- What the scripts share: keys, stamps, the heads of stored values, the sweep of expired members.
 -- ARGV[1]: key prefix. ARGV[2]: '1' where the server has RedisJSON. Times are epoch milliseconds.
 -- A stamp is decimal text without leading zeros: as a double it would lose its last digits.
+--
+-- Every script reads each key that it may write before its first write: on a slot of a cluster that is moving, or where
+-- a key of ours holds something else, it then fails with nothing done.
 
 local call, try, find = redis.call, redis.pcall, string.match
 local prefix, has_json = ARGV[1], ARGV[2] == '1'
-local expiring = prefix .. '__local__:expiring'
-local tombs = prefix .. '__local__:tomb:'
-local any_tombs = prefix .. '__local__:tombs' -- lives as long as the youngest tombstone: without it there is none
+local own = prefix .. '__local__:'
+local ids_index, state_index = own .. 'ids', own .. 'by_state' -- sorted sets of equal scores: ordered by bytes
+local expiring = own .. 'expiring'
+local indexed = own .. 'indexed'
+local tombs = own .. 'tomb:'
+local any_tombs = own .. 'tombs' -- lives as long as the youngest tombstone: without it there is none
 
 local MEMBERS_MAX = 1000 -- arguments per call; Lua unpacks at most 7,999
 local ENVELOPE = '\245\1'
@@ -31,27 +37,61 @@ local function now_ms()
 end
 
 local function each_page(command, key, members)
+  local changed = 0
   for start = 1, #members, MEMBERS_MAX do
-    call(command, key, unpack(members, start, math.min(start + MEMBERS_MAX - 1, #members)))
+    changed = changed + call(command, key, unpack(members, start, math.min(start + MEMBERS_MAX - 1, #members)))
+  end
+  return changed
+end
+
+local function holds(key, kind)
+  local found = call('TYPE', key).ok
+  return found == kind or found == 'none'
+end
+
+local function push(lists, name, member)
+  local list = lists[name]
+  if list then list[#list + 1] = member else lists[name] = { member } end
+end
+
+local INDEXES = { { 'i', ids_index }, { 's', state_index }, { 'e', expiring } }
+
+-- Why nothing can be kept here, or nil.
+local function layout_refusal()
+  for _, index in ipairs(INDEXES) do
+    if not holds(index[2], 'zset') then return 'ERR the key ' .. index[2] .. ' holds something that is not its index' end
   end
 end
 
--- A member of the expiring set is its state, NUL, its id; the score is the deadline of the value.
-local function sweep(now)
-  local limit = string.format('%.0f', now) -- inclusive: Redis 8 lets a key go in the very millisecond of its deadline
-  repeat
-    local due = call('ZRANGE', expiring, '-inf', limit, 'BYSCORE', 'LIMIT', 0, MEMBERS_MAX)
-    for _, member in ipairs(due) do
-      local state, id = find(member, '^(%Z*)%z(.*)$')
-      local deadline = call('PEXPIRETIME', prefix .. id)
-      if deadline > now then
-        call('ZADD', expiring, deadline, member) -- somebody else prolonged it
-      else
-        call('ZREM', expiring, member)
-        if deadline ~= -1 then try('SREM', set_of(state), id) end
-      end
-    end
-  until #due < MEMBERS_MAX
+-- A letter for each index that holds anything. `indexed` keeps what that was when a script last changed it, so that an
+-- index which somebody else took away (the server itself, where it evicts) is missed.
+local function present()
+  local letters = ''
+  for _, index in ipairs(INDEXES) do
+    if call('EXISTS', index[2]) == 1 then letters = letters .. index[1] end
+  end
+  return letters
+end
+
+-- Whether the indexes name every item. To be asked before the first write of a call that may change them.
+local function is_whole()
+  return call('GET', indexed) == present()
+end
+
+-- After the last write of such a call. `whole`: whether they did before it.
+local function note_indexes(whole)
+  if not whole then
+    call('DEL', indexed)
+  else
+    local letters = present()
+    if letters ~= call('GET', indexed) then call('SET', indexed, letters) end
+  end
+end
+
+local seen = {}
+local function is_set(state)
+  if seen[state] == nil then seen[state] = holds(set_of(state), 'set') end
+  return seen[state]
 end
 
 local KEYS_OF_AN_ITEM = { 'version', 'timestamp', 'state', 'payload', 'payload_hash' }
@@ -124,10 +164,11 @@ local function string_head(key)
   return FOREIGN
 end
 
--- Form, stamp and state of what is stored at each key; no form where nothing is.
+-- Form, stamp and state of what is stored at each key; no form where nothing is. The fourth list: whether it is surely
+-- ours, whose index entries were written with it.
 local function heads(keys)
-  local forms, stamps, states = {}, {}, {}
-  if call('EXISTS', unpack(keys)) == 0 then return forms, stamps, states end
+  local forms, stamps, states, ours = {}, {}, {}, {}
+  if call('EXISTS', unpack(keys)) == 0 then return forms, stamps, states, ours end
   local found = {}
   if has_json then
     local asked = { unpack(keys) }
@@ -143,13 +184,78 @@ local function heads(keys)
         last = said
       end
       if stamp then
-        forms[i], stamps[i], states[i] = DOCUMENT, stamp, state
+        forms[i], stamps[i], states[i], ours[i] = DOCUMENT, stamp, state, true
       else
         forms[i], stamps[i], states[i] = odd_document_head(key, said)
       end
     else
       forms[i], stamps[i], states[i] = string_head(key)
+      ours[i] = forms[i] == BINARY
     end
   end
-  return forms, stamps, states
+  return forms, stamps, states, ours
+end
+
+-- A member of `expiring` is a state, NUL, an id; its score is the deadline of the value. What is due is read first and
+-- written later (`sweep_out`), so that a caller can read what else it needs in between.
+local function due_now(now, most)
+  local limit = string.format('%.0f', now) -- inclusive: Redis 8 lets a key go in the very millisecond of its deadline
+  local due = call('ZRANGE', expiring, '-inf', limit, 'BYSCORE', 'LIMIT', 0, most)
+  local found = { more = #due == most, done = {}, later = {}, left = {}, leaving = {}, gone = {}, whole = is_whole() }
+  local keys, members, deadlines = {}, {}, {}
+  local function leave(state, id, member)
+    found.left[#found.left + 1] = member
+    if is_set(state) then push(found.leaving, state, id) end
+  end
+  for _, member in ipairs(due) do
+    local state, id = find(member, '^(%Z*)%z(.+)$')
+    if not state then
+      found.done[#found.done + 1] = member -- nobody's
+    else
+      local key = prefix .. id
+      local deadline = call('PEXPIRETIME', key)
+      if deadline == -1 or deadline > now then
+        keys[#keys + 1], members[#members + 1], deadlines[#deadlines + 1] = key, member, deadline
+      else
+        found.done[#found.done + 1] = member
+        found.gone[#found.gone + 1] = id
+        leave(state, id, member)
+      end
+    end
+  end
+  if #keys > 0 then -- written anew since, or somebody else changed the deadline
+    local forms, _, states = heads(keys)
+    for i, key in ipairs(keys) do
+      local state, id = find(members[i], '^(%Z*)%z(.+)$')
+      local item = forms[i] and forms[i] ~= FOREIGN
+      if item and states[i] == state and deadlines[i] > now then
+        found.later[#found.later + 1] = deadlines[i]
+        found.later[#found.later + 1] = members[i]
+      else
+        found.done[#found.done + 1] = members[i]
+        if not item then found.gone[#found.gone + 1] = id end
+        if not item or states[i] ~= state then leave(state, id, members[i]) end
+      end
+    end
+  end
+  return found
+end
+
+local function sweep_out(found)
+  each_page('ZREM', expiring, found.done)
+  each_page('ZADD', expiring, found.later)
+  each_page('ZREM', ids_index, found.gone)
+  each_page('ZREM', state_index, found.left)
+  for state, ids in pairs(found.leaving) do each_page('SREM', set_of(state), ids) end
+  if #found.done > 0 then note_indexes(found.whole) end
+end
+
+-- One bounded step for scripts that answer questions: whether there is more to do before the answer is right.
+local function sweep(most)
+  local found = due_now(now_ms(), most)
+  if #found.done + #found.later == 0 then return false end
+  local refusal = layout_refusal()
+  if refusal then error({ err = refusal }) end
+  sweep_out(found)
+  return found.more
 end
