@@ -4,17 +4,22 @@ This module re-exports the public names and holds nothing else.
 """
 
 from sync_engine.config import SyncEngineConfig
-from sync_engine.engine import EngineStats, StopReport, SyncEngine
+from sync_engine.engine import SyncEngine
 from sync_engine.errors import (
     Backpressure,
     ConfigError,
     Corruption,
+    IndexConflict,
+    IndexNotFound,
     InvalidId,
     InvalidItem,
+    InvalidQuery,
     InvalidState,
     NotJson,
     NotRunning,
     PayloadTooLarge,
+    SearchError,
+    SearchUnavailable,
     StoreError,
     SyncEngineError,
     TierNotConfigured,
@@ -23,6 +28,7 @@ from sync_engine.errors import (
 )
 from sync_engine.item import ContentType, SyncItem
 from sync_engine.options import Ack, CacheTtl, ItemStatus, Receipt, SubmitOptions
+from sync_engine.report import EngineStats, Health, LaneStats, StopReport, TierHealth
 
 __all__ = [
     "Ack",
@@ -32,14 +38,21 @@ __all__ = [
     "ContentType",
     "Corruption",
     "EngineStats",
+    "Health",
+    "IndexConflict",
+    "IndexNotFound",
     "InvalidId",
     "InvalidItem",
+    "InvalidQuery",
     "InvalidState",
     "ItemStatus",
+    "LaneStats",
     "NotJson",
     "NotRunning",
     "PayloadTooLarge",
     "Receipt",
+    "SearchError",
+    "SearchUnavailable",
     "StopReport",
     "StoreError",
     "SubmitOptions",
@@ -47,6 +60,7 @@ __all__ = [
     "SyncEngineConfig",
     "SyncEngineError",
     "SyncItem",
+    "TierHealth",
     "TierNotConfigured",
     "TierUnavailable",
     "VersionConflict",

@@ -43,7 +43,10 @@ class SyncEngineConfig(BaseSettings):
     """Folder of the log, the default SQLite file and an embedded Redis; made with mode 0700."""
 
     redis_url: SecretStr | None = None
-    """``redis://``, ``rediss://``, ``unix://`` or ``embedded://`` (a Redis of our own in ``data_dir``). None: no L2."""
+    """``redis://``, ``rediss://`` (TLS), ``unix://``, ``redis+sentinel://``, ``redis+cluster://``, or ``embedded://``
+    (a Redis of our own in ``data_dir``). None: no L2."""
+    redis_ca_file: Path | None = None
+    """PEM file of the authorities that may have signed for Redis; None: those that the system trusts."""
     redis_prefix: str = Field("", max_length=255)
     """Put before every Redis key, verbatim; end it with a colon."""
     redis_timeout_ms: int = Field(5_000, ge=1, le=600_000)
@@ -52,6 +55,19 @@ class SyncEngineConfig(BaseSettings):
     """How long Redis may take to answer one command."""
     redis_binary_format: Literal["compact", "json"] = "compact"
     """How binary items are kept in Redis: our envelope, or the original's JSON text (4 times the size)."""
+    redis_eviction_enabled: bool = True
+    """Whether items that SQL holds too leave Redis before its ``maxmemory`` is reached; without one nothing does."""
+    redis_eviction_start: float = Field(0.75, gt=0, lt=1)
+    """Share of ``maxmemory`` at which the coldest items begin to leave."""
+    redis_eviction_target: float = Field(0.60, gt=0, lt=1)
+    """Share of ``maxmemory`` at which they stop; less than ``redis_eviction_start``."""
+
+    enable_cdc_stream: bool = False
+    """Whether every change is told in a stream in Redis."""
+    cdc_stream_maxlen: int = Field(100_000, ge=1)
+    """Entries that the stream keeps, roughly; older ones are dropped."""
+    cdc_stream_key: str | None = Field(None, min_length=1, max_length=255)
+    """Key of the stream; None: ``__local__:cdc`` behind ``redis_prefix``."""
 
     sql_url: SecretStr | None = None
     """``sqlite:///path``; unset: SQLite in ``data_dir``. None said aloud: no truth, cache-only writes."""
@@ -132,6 +148,11 @@ class SyncEngineConfig(BaseSettings):
             object.__setattr__(self, "sql_url", SecretStr(url))
         if self.redis_url is None and self.sql_url is None:
             raise ValueError("redis_url and sql_url are both None: there is no tier to store anything in")
+        if self.enable_cdc_stream and self.redis_url is None:
+            raise ValueError("enable_cdc_stream: the stream is in Redis, and redis_url is None")
+        if self.redis_eviction_target >= self.redis_eviction_start:
+            told = f"redis_eviction_target = {self.redis_eviction_target}: must be less than redis_eviction_start"
+            raise ValueError(f"{told} = {self.redis_eviction_start}")
         return self
 
     @property

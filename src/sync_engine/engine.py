@@ -23,10 +23,11 @@ from sync_engine.config import SyncEngineConfig
 from sync_engine.errors import NotRunning, TierUnavailable
 from sync_engine.item import Op, SyncItem, check_id, check_state
 from sync_engine.options import Ack, ItemStatus, Receipt, SubmitOptions
-from sync_engine.parts import EngineStats, Parts, StopReport, build
+from sync_engine.parts import Parts, build
 from sync_engine.ports import Clock, Tier
+from sync_engine.report import EngineStats, Health, StopReport
 
-__all__ = ["EngineStats", "StopReport", "SyncEngine"]
+__all__ = ["SyncEngine"]
 
 PAGE = 1_000
 """Items per page of the iterators, and operations per append of the bulk writes."""
@@ -234,6 +235,13 @@ class SyncEngine:
         return await (await self._on().current_truth()).count_prefix(prefix)
 
     # Operation
+
+    async def health(self) -> Health:
+        """Whether every tier answers now and takes its operations, what Redis is, and what deserves a look.
+
+        A tier that does not answer is told in the report, not raised.
+        """
+        return await self._on().health()
 
     def stats(self) -> EngineStats:
         """Figures of this moment; no I/O."""

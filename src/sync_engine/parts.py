@@ -5,72 +5,51 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Awaitable, Callable, Coroutine
-from contextlib import AsyncExitStack
-from dataclasses import dataclass, field
-from typing import Any, cast
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
+from contextlib import AsyncExitStack, suppress
+from typing import Any, TypeVar, cast
 
 from sync_engine.clock import Stamps
 from sync_engine.config import SyncEngineConfig
 from sync_engine.embedded import EmbeddedRedis
-from sync_engine.errors import NotRunning, TierNotConfigured, TierUnavailable
+from sync_engine.errors import NotRunning, SyncEngineError, TierNotConfigured, TierUnavailable
+from sync_engine.evict import Eviction
+from sync_engine.heal import Healing
 from sync_engine.item import Op
 from sync_engine.late import Late
 from sync_engine.log import WriteAheadLog
-from sync_engine.ports import Clock, States, Tier, Truth
+from sync_engine.notes import Notes
+from sync_engine.ports import Cache, CacheFacts, Clock, States, Tier, Truth
 from sync_engine.pressure import Gate
 from sync_engine.read import Reader
+from sync_engine.report import EngineStats, Health, LaneStats, StopReport, TierHealth
 from sync_engine.resilience import Breaker, Guarded, RetryPolicy
-from sync_engine.storage.memory import L1Cache, L1Stats
-from sync_engine.storage.redis import RedisStore
+from sync_engine.storage.memory import L1Cache
+from sync_engine.storage.redis import ChangeStream, RedisStore
 from sync_engine.storage.sql import SqlStore
+from sync_engine.trust import Trust, Trusted
 from sync_engine.write.batcher import Batcher
 from sync_engine.write.flush import Lane
 from sync_engine.write.path import WritePath
 from sync_engine.write.pending import PendingIndex
 from sync_engine.write.quarantine import Quarantine
 
-__all__ = ["EngineStats", "LaneStats", "Parts", "StopReport", "build"]
+__all__ = ["Parts", "build"]
 
 log = logging.getLogger(__name__)
+
+R = TypeVar("R")
+
+STREAM_MAY_GO = (
+    "the maxmemory-policy of Redis is allkeys-*: at its limit it may drop the change stream, state sets and indexes; "
+    "noeviction or volatile-* keeps them"
+)
 
 REDIS_PATIENCE_S = 2.0
 """How long a read waits for Redis where SQL can answer; after five such waits the breaker spares the next ones."""
 
-
-@dataclass(frozen=True, slots=True)
-class StopReport:
-    """What ``stop`` left behind: nothing, if both are 0.
-
-    ``left_in_log`` operations are applied at the next start. ``lost`` ones skip SQL, are in no log, and
-    Redis did not take them in time.
-    """
-
-    left_in_log: int
-    lost: int
-
-
-@dataclass(frozen=True, slots=True)
-class LaneStats:
-    """One tier's queue: operations waiting, and why it is stuck if it is."""
-
-    waiting: int
-    trouble: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class EngineStats:
-    """Figures of one moment."""
-
-    l1: L1Stats
-    pending: int
-    pending_bytes: int
-    quarantined: int
-    recovered: int
-    log_records: int
-    log_bytes: int
-    log_damage: tuple[str, ...]
-    lanes: dict[str, LaneStats] = field(default_factory=dict)
+HEALED_WITHIN_S = 2.0
+"""How long a start waits for a Redis that may have lost something; what is left is made up for beside the work."""
 
 
 class Parts:
@@ -87,6 +66,11 @@ class Parts:
         quarantine: Quarantine,
         reader: Reader,
         writes: WritePath,
+        trust: Trust,
+        healing: Healing | None,
+        eviction: Eviction | None,
+        breakers: Mapping[str, Breaker],
+        told: bool,
         recovered: int,
         failed: Callable[[BaseException], None],
         opened: AsyncExitStack,
@@ -99,6 +83,11 @@ class Parts:
         self.quarantine = quarantine
         self.reader = reader
         self.writes = writes
+        self._trust = trust
+        self._healing = healing
+        self._eviction = eviction
+        self._breakers = breakers
+        self._told = told
         self._recovered = recovered
         self._failed = failed
         self._opened = opened
@@ -148,8 +137,47 @@ class Parts:
             log_records=journal.unsettled if journal else 0,
             log_bytes=journal.bytes if journal else 0,
             log_damage=tuple(journal.damage) if journal else (),
+            evicted=self._eviction.evicted if self._eviction is not None else 0,
             lanes={lane.tier.name: LaneStats(len(lane.batcher), lane.trouble) for lane in self._lanes},
         )
+
+    async def health(self) -> Health:
+        """Ask every tier now; one that does not answer is told, not raised."""
+        facts: CacheFacts | None = None
+        answers: dict[str, TierUnavailable | None] = {}
+        if self.l3 is not None:
+            _, answers["l3"] = await _asked(self.l3.newest_stamp())
+        if self.l2 is not None:
+            facts, answers["l2"] = await _asked(cast(Cache, self.l2).facts())
+        tiers = {lane.tier.name: self._tier_health(lane, answers[lane.tier.name], facts) for lane in self._lanes}
+        ok = all(tier.answers and tier.trouble is None for tier in tiers.values())
+        return Health(ok, tiers, tuple(self._warnings(facts)))
+
+    def _tier_health(self, lane: Lane, silent: TierUnavailable | None, facts: CacheFacts | None) -> TierHealth:
+        name = lane.tier.name
+        trouble = silent.reason if silent is not None else lane.trouble
+        about, full = "", None
+        if name == "l2":
+            trouble = trouble or self._trust.why_not
+            if facts is not None:
+                about = facts.about
+                full = max((memory.share for memory in facts.memory if memory.limit_bytes), default=None)
+        return TierHealth(silent is None, trouble, self._breakers[name].phase, len(lane.batcher), about, full)
+
+    def _warnings(self, facts: CacheFacts | None) -> Iterator[str]:
+        if facts is not None:
+            if not facts.documents:
+                yield "Redis has no RedisJSON: JSON items are kept there as strings, and cannot be searched there"
+            elif not facts.searchable:
+                yield "Redis has no RediSearch: items cannot be searched there"
+            if self._told and facts.evicts_anything:
+                yield STREAM_MAY_GO
+        if self._eviction is not None and self._eviction.stuck:
+            yield "Redis is nearly full of items that it alone keeps: nothing may leave"
+        if count := len(self.quarantine):
+            yield f"{count} operations were refused by a tier and are in quarantine"
+        if self.journal is not None:
+            yield from self.journal.damage
 
     async def close(self, timeout_s: float) -> StopReport:
         """Flush for so long, then close everything; a caller who is cancelled cuts the first short, not the second."""
@@ -178,6 +206,10 @@ class Parts:
             async with asyncio.TaskGroup() as lanes:
                 for lane in self._lanes:
                     lanes.create_task(lane.run(), name=f"sync-engine lane {lane.tier.name}")
+                if self._healing is not None:
+                    lanes.create_task(self._healing.run(), name="sync-engine healing")
+                if self._eviction is not None:
+                    lanes.create_task(self._eviction.run(), name="sync-engine eviction")
         except BaseExceptionGroup as failures:
             error = failures.exceptions[0]
             log.critical("the engine failed; what is not settled stays in the log", exc_info=error)
@@ -186,6 +218,13 @@ class Parts:
 
     def __repr__(self) -> str:
         return " | ".join(map(repr, (self.l1, self.pending, *self._lanes)))
+
+
+async def _asked(question: Awaitable[R]) -> tuple[R | None, TierUnavailable | None]:
+    try:
+        return await question, None
+    except TierUnavailable as silent:
+        return None, silent
 
 
 async def _to_the_end(work: Coroutine[Any, Any, StopReport]) -> StopReport:
@@ -214,10 +253,40 @@ async def build(
             journal = await WriteAheadLog.open(config.log_dir, segment_bytes=config.wal_segment_bytes)
             opened.push_async_callback(journal.close)
         stamps = Stamps(clock, after=journal.last_stamp if journal is not None else 0)
-        l3 = await _truth(config, clock, around, stamps, opened)
-        l2 = await _cache(config, clock, around, opened)
-
+        notes = await Notes.open(config.data_dir / "notes.json")
         pending = PendingIndex(config.pending_max_bytes)
+        l3 = await _truth(config, clock, around, stamps, opened)
+        trust = Trust("l2", needed=l3 is not None)
+        stream = None
+        if config.enable_cdc_stream:
+            stream = ChangeStream(notes.writer, config.cdc_stream_key, config.cdc_stream_maxlen)
+        cache = await _cache(config, clock, around, trust, stream, opened)
+        l2 = None if cache is None else Trusted(cache, trust, l3, clock, pending.newest_stamp)
+        healing = eviction = None
+        if cache is not None and l3 is not None and config.redis_eviction_enabled:
+            eviction = Eviction(
+                trust,
+                cache,
+                l3,
+                clock,
+                start=config.redis_eviction_start,
+                target=config.redis_eviction_target,
+                rng=random.Random(),  # noqa: S311  # picks victims, keeps no secret
+            )
+        if cache is not None and l3 is not None:
+            healing = Healing(
+                trust,
+                cache,
+                l3,
+                clock,
+                promotion_ttl_ms=round(config.promotion_ttl * 1000),
+                runs=notes.redis_runs,
+                keep_runs=notes.keep_redis_runs,
+            )
+            with suppress(SyncEngineError, TimeoutError):  # it is tried again, and told, beside the work
+                async with asyncio.timeout(HEALED_WITHIN_S):
+                    await healing.heal()
+
         quarantine = Quarantine(config.data_dir / "quarantine")
         await quarantine.open()
         l1 = L1Cache(config.l1_max_bytes, clock=clock, rng=random.Random())  # noqa: S311  # evicts, keeps no secret
@@ -241,7 +310,9 @@ async def build(
             # A cache-only item rarely has a row: it is asked for before it is deleted.
             writes.truth = _lane(l3, config, clock, writes, _keeps_sql, erases_blindly=False)
         if l2 is not None:
-            writes.cache = _lane(l2, config, clock, writes, _keeps_redis, erases_blindly=True)
+            # With a change stream Redis is given what it does not keep as well: it tells of it.
+            keeps = _keeps_redis if stream is None else _keeps_all
+            writes.cache = _lane(l2, config, clock, writes, keeps, erases_blindly=True)
         recovered = len(journal.recovered) if journal is not None else 0
         if journal is not None and recovered:
             log.info("taking up %d operations from the log", recovered)
@@ -256,6 +327,11 @@ async def build(
             quarantine=quarantine,
             reader=reader,
             writes=writes,
+            trust=trust,
+            healing=healing,
+            eviction=eviction,
+            breakers={tier.name: tier.breaker for tier in (cache, l3) if tier is not None},
+            told=stream is not None,
             recovered=recovered,
             failed=failed,
             opened=opened.pop_all(),
@@ -268,7 +344,7 @@ async def _truth(
     around: Callable[[Tier], Tier],
     stamps: Stamps,
     opened: AsyncExitStack,
-) -> Truth | None:
+) -> Guarded | None:
     url = config.sql_url
     if url is None:
         return None
@@ -285,8 +361,13 @@ async def _truth(
 
 
 async def _cache(
-    config: SyncEngineConfig, clock: Clock, around: Callable[[Tier], Tier], opened: AsyncExitStack
-) -> Tier | None:
+    config: SyncEngineConfig,
+    clock: Clock,
+    around: Callable[[Tier], Tier],
+    trust: Trust,
+    stream: ChangeStream | None,
+    opened: AsyncExitStack,
+) -> Guarded | None:
     if config.redis_url is None:
         return None
     url = config.redis_url.get_secret_value()
@@ -303,10 +384,14 @@ async def _cache(
             timeout_ms=config.redis_timeout_ms,
             response_timeout_ms=config.redis_response_timeout_ms,
             binary_format=config.redis_binary_format,
+            ca_file=config.redis_ca_file,
+            change_stream=stream,
+            on_new_server=trust.lose,
         )
 
     async def connected(store: Tier) -> None:
-        return None
+        if stream is not None and (await cast(Cache, store).facts()).evicts_anything:
+            log.warning(STREAM_MAY_GO)
 
     late = await _late("l2", connect, connected, opened)
     # A read that SQL can answer does not wait out a Redis that has stopped; a write is left its full time.
@@ -354,3 +439,7 @@ def _keeps_sql(op: Op) -> bool:
 
 def _keeps_redis(op: Op) -> bool:
     return op.redis
+
+
+def _keeps_all(op: Op) -> bool:
+    return True

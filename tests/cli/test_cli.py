@@ -121,6 +121,17 @@ def test_every_tier_is_written_and_told_with_redis(
     assert run("status", "a", "--json", *there, "--redis-url", "none").json["l2"] is None
 
 
+def test_health_tells_of_every_tier_and_of_one_that_is_down(
+    run: Run, here: tuple[str, str], redis_url: str, redis_prefix: str
+) -> None:
+    well = run("health", "--json", *here, "--redis-url", redis_url, "--prefix", redis_prefix)
+    assert (well.code, well.json["ok"], set(well.json["tiers"])) == (0, True, {"l2", "l3"})
+    assert "redis 8.2" in well.json["tiers"]["l2"]["about"]
+    down = run("health", *here, "--redis-url", "redis://127.0.0.1:1")
+    assert down.code == 4
+    assert "not all is well" in down.out.decode()
+
+
 # Ids from strangers
 
 
@@ -277,6 +288,7 @@ COMMANDS = (
     ("get", "a"),
     ("scan", ""),
     ("status", "a"),
+    ("health",),
     ("config", "show"),
     ("config", "show", "--json"),
     ("demo", "--places", "1"),

@@ -352,8 +352,8 @@ async def test_E1_G50_every_setting_is_alive_and_an_unknown_one_is_refused(rig: 
     for name in SyncEngineConfig.model_fields:
         alias = "log_dir" if name == "wal_path" else name
         assert re.search(rf"config\.{alias}\b", sources), f"{name} is read by nobody"
-    with pytest.raises(ConfigError, match="redis_eviction_enabled"):
-        rig.engine(redis_eviction_enabled=True)
+    with pytest.raises(ConfigError, match="merkle_log_interval_secs"):
+        rig.engine(merkle_log_interval_secs=1)
     async with rig.engine(max_payload_bytes=3) as engine:
         await engine.submit(V1)
         with pytest.raises(PayloadTooLarge):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
+from functools import partial
 
 import pytest
 
 from sync_engine import Ack, NotRunning, StopReport, SubmitOptions, SyncItem, TierUnavailable
 from sync_engine.testing.fixtures import StartRedis
-from sync_engine.testing.tiers import Breaking, Deaf
+from sync_engine.testing.tiers import UPKEEP, Breaking, Deaf
 
 from .rig import CACHE, Held, Rig, on, others, soon, until
 
@@ -127,7 +128,7 @@ async def test_an_engine_that_meets_a_bug_stops_loudly_and_keeps_the_log(
     rig: Rig, caplog: pytest.LogCaptureFixture
 ) -> None:
     before = others()
-    engine = rig.engine(around=on("l3", Deaf))
+    engine = rig.engine(around=on("l3", partial(Deaf, but=UPKEEP)))
     await engine.start()
     receipt = await engine.submit(ITEM)
     with pytest.raises(NotRunning):

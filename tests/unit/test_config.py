@@ -17,6 +17,7 @@ BOUNDS: list[tuple[str, float | None, float | None]] = [
     ("sql_timeout_ms", 1, 600_000),
     ("l1_max_bytes", 0, None),
     ("promotion_ttl", 1, 10 * 365 * 86_400),
+    ("cdc_stream_maxlen", 1, None),
     ("max_payload_bytes", 1, 512 * 1024 * 1024),
     ("batch_flush_ms", 0, 60_000),
     ("batch_flush_count", 1, 100_000),
@@ -31,7 +32,13 @@ NOT_NUMBERS = {
     "data_dir",
     "redis_url",
     "redis_prefix",
+    "redis_ca_file",
     "redis_binary_format",
+    "redis_eviction_enabled",
+    "redis_eviction_start",  # bounds that are no values themselves: tested below
+    "redis_eviction_target",
+    "enable_cdc_stream",
+    "cdc_stream_key",
     "sql_url",
     "default_ack",
     "wal_path",
@@ -77,6 +84,25 @@ def test_the_defaults_are_those_of_the_contract() -> None:
     assert config.promotion_ttl == CacheTtl.HOUR
     assert config.default_ack is Ack.LOGGED
     assert config.redis_binary_format == "compact"
+    assert config.redis_ca_file is None
+    assert config.redis_eviction_enabled is True
+    assert (config.redis_eviction_start, config.redis_eviction_target) == (0.75, 0.60)
+    assert config.enable_cdc_stream is False
+    assert (config.cdc_stream_maxlen, config.cdc_stream_key) == (100_000, None)
+
+
+@pytest.mark.parametrize("value", [0, 1, -0.1, 1.5, float("nan"), "much", None], ids=repr)
+@pytest.mark.parametrize("name", ["redis_eviction_start", "redis_eviction_target"])
+def test_a_share_of_the_memory_is_between_0_and_1(name: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=f"^{name} = "):
+        SyncEngineConfig(**{name: value})
+
+
+def test_eviction_stops_below_where_it_begins() -> None:
+    assert SyncEngineConfig(redis_eviction_start=0.9, redis_eviction_target=0.8).redis_eviction_target == 0.8
+    for start, target in ((0.5, 0.5), (0.5, 0.6), (0.75, 0.8)):
+        with pytest.raises(ConfigError, match=f"redis_eviction_target = {target}: .* = {start}$"):
+            SyncEngineConfig(redis_eviction_start=start, redis_eviction_target=target)
 
 
 def test_a_folder_alone_is_a_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,6 +224,11 @@ def test_every_fault_is_told_at_once() -> None:
         ("default_ack", "always"),
         ("data_dir", 5),
         ("wal_path", []),
+        ("redis_ca_file", 5),
+        ("redis_eviction_enabled", "perhaps"),
+        ("enable_cdc_stream", 2),
+        ("cdc_stream_key", ""),
+        ("cdc_stream_key", "k" * 256),
     ],
 )
 def test_other_settings_are_checked_too(name: str, value: Any) -> None:

@@ -1,10 +1,11 @@
-"""The commands ``put``, ``get``, ``delete``, ``scan``, ``status`` and ``config show``, and the entry point."""
+"""The commands ``put``, ``get``, ``delete``, ``scan``, ``status``, ``health``, ``config show``; the entry point."""
 
 from __future__ import annotations
 
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -179,6 +180,28 @@ async def status(call: Call, object_id: ObjectId) -> Exit:
     return Exit.OK if found.exists else Exit.NO
 
 
+@command(app, "health")
+async def health(call: Call) -> Exit:
+    """Show whether every tier answers and takes its operations, and what deserves a look."""
+    async with Running(call.config()) as engine:
+        found = await engine.health()
+    rows = [
+        (
+            name,
+            "yes" if tier.answers else "no",
+            tier.trouble or "none",
+            f"{tier.waiting:,}",
+            "no limit, or not told" if tier.full is None else f"{tier.full:.0%}",
+            tier.about,
+        )
+        for name, tier in found.tiers.items()
+    ]
+    shown = table(("tier", "answers", "trouble", ">waiting", ">memory used", "about"), rows)
+    warnings = [f"warning: {one_line(warning)}" for warning in found.warnings]
+    call.out.show(asdict(found), shown, *warnings, "all is well" if found.ok else "not all is well")
+    return Exit.OK if found.ok else Exit.UNAVAILABLE
+
+
 @command(config_app, "show")
 async def config_show(call: Call) -> Exit:
     """Show every setting as it would be used; of URLs only the scheme."""
@@ -227,7 +250,10 @@ def _told(held: bool | None) -> str:
     return "not configured, or not to be asked" if held is None else "yes" if held else "no"
 
 
-SCHEMES = ("redis", "rediss", "unix", "embedded", "sqlite")
+SCHEMES = (
+    *("redis", "rediss", "unix", "redis+sentinel", "rediss+sentinel", "redis+cluster", "rediss+cluster"),
+    *("embedded", "sqlite"),
+)
 
 
 def _setting(value: object) -> object:

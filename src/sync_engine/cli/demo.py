@@ -217,5 +217,10 @@ async def _forget(order: Order) -> None:
         cache = await RedisStore.connect(order.redis_url, order.redis_prefix)
         try:
             await cache.delete_many(ids)
+            # What the store notes of itself, under a prefix that is ours alone, is of no use to anybody either.
+            begin = order.redis_prefix.encode()
+            async for key in cache.client.scan_iter(match="*__local__:*", count=1_000):
+                if key.startswith(begin):
+                    await cache.client.unlink(key)
         finally:
             await cache.close()

@@ -199,6 +199,11 @@ class PendingIndex:
         """The newest unsettled operation on this id."""
         return self._newest.get(object_id)
 
+    def newest_stamp(self, object_id: str) -> int:
+        """The stamp of that operation, 0 if there is none."""
+        entry = self._newest.get(object_id)
+        return entry.op.stamp if entry is not None else 0
+
     def __iter__(self) -> Iterator[Entry]:
         return iter(list(self._newest.values()))
 

@@ -15,15 +15,22 @@ from sync_engine.item import Op, SyncItem
 from sync_engine.ports import Applied
 from sync_engine.storage.sql.rows import Value, flat, item_of, row_of
 from sync_engine.storage.sql.sqlite import RowRefused, Session
-from sync_engine.storage.sql.sqlite_words import ANY_BURIED, NOTE_STAMP, PRUNE, ROWS_MAX, Words, padded
+from sync_engine.storage.sql.sqlite_words import (
+    ANY_BURIED,
+    FORGOTTEN,
+    NOTE_MOST,
+    NOTE_STAMP,
+    PRUNE,
+    ROWS_MAX,
+    Words,
+    padded,
+)
+from sync_engine.storage.sql.tables import TOMBSTONE_LIFE_MS
 
-__all__ = ["TOMBSTONE_LIFE_MS", "apply_ops"]
+__all__ = ["apply_ops"]
 
 CHUNK_BYTES_MAX: Final = 4 * 1024 * 1024
 """Bytes bound by one statement beyond its first row: SQLite copies every bound value."""
-
-TOMBSTONE_LIFE_MS: Final = 7 * 86_400_000
-"""How long a delete is remembered: far longer than a put waits in a log that is being flushed."""
 
 
 class _Held(NamedTuple):
@@ -45,9 +52,9 @@ async def apply_ops(session: Session, words: Words, ops: Sequence[Op], now_ms: i
         await batch.apply(chunk)
     if stamp := max((op.stamp for op in newest), default=0):
         await session.run(NOTE_STAMP, (stamp,))
-    if batch.deletes:
-        # Twice what this batch may add: the tombstones of a steady stream stay bounded by their life.
-        await session.run(PRUNE, (now_ms - TOMBSTONE_LIFE_MS, 2 * batch.deletes))
+    # Twice what this batch may add: the tombstones of a steady stream stay bounded by their life.
+    if batch.deletes and await session.run(PRUNE, (now_ms - TOMBSTONE_LIFE_MS, 2 * batch.deletes)):
+        await session.run(NOTE_MOST, (FORGOTTEN, now_ms - TOMBSTONE_LIFE_MS))
     return Applied(
         superseded=frozenset(batch.superseded),
         refused=batch.refused,

@@ -10,8 +10,15 @@ from sqlalchemy.schema import CreateColumn, CreateIndex, CreateTable
 
 from sync_engine.errors import StoreError
 from sync_engine.storage.sql.sqlite import Session
-from sync_engine.storage.sql.sqlite_words import NOTE_STAMP, READ_META
-from sync_engine.storage.sql.tables import ADOPTABLE, SCHEMA_VERSION, items, metadata
+from sync_engine.storage.sql.sqlite_words import FORGOTTEN, NOTE_MOST, NOTE_STAMP, READ_META
+from sync_engine.storage.sql.tables import (
+    ADOPTABLE,
+    SCHEMA_VERSION,
+    TOMBSTONE_LIFE_MS,
+    items,
+    metadata,
+    tombstones,
+)
 
 __all__ = ["prepare"]
 
@@ -30,7 +37,7 @@ ON CONFLICT (name) DO UPDATE SET value = excluded.value"""
 _DIALECT: Final = sqlite.dialect()
 
 
-async def prepare(session: Session) -> None:
+async def prepare(session: Session, now_ms: int) -> None:
     """Make what is missing, in one transaction. Up-to-date tables are only read, so no lock is asked for.
 
     Raises ``StoreError`` where a table is newer than this library or cannot be adopted, ``TierUnavailable``
@@ -41,7 +48,7 @@ async def prepare(session: Session) -> None:
     await session.begin()
     try:
         if not await _is_current(session):  # another process may have been first
-            await _make(session)
+            await _make(session, now_ms)
         await session.commit()
     except BaseException:  # cancelled or failed alike: an open transaction keeps others out
         await session.rollback()
@@ -60,7 +67,8 @@ async def _is_current(session: Session) -> bool:
     return version == SCHEMA_VERSION and wanted <= names and not await _missing(session, items)
 
 
-async def _make(session: Session) -> None:
+async def _make(session: Session, now_ms: int) -> None:
+    had_tombstones = tombstones.name in {name for (name,) in await session.rows(NAMES)}
     for table in metadata.sorted_tables:
         await session.run(str(CreateTable(table, if_not_exists=True).compile(dialect=_DIALECT)))
         for column in await _missing(session, table):
@@ -70,6 +78,8 @@ async def _make(session: Session) -> None:
     ((stamp,),) = await session.rows(NEWEST_STAMP)
     await session.run(NOTE_STAMP, (stamp,))
     await session.run(NOTE_VERSION, (SCHEMA_VERSION,))
+    if had_tombstones:  # an older version of ours removed them without a note
+        await session.run(NOTE_MOST, (FORGOTTEN, now_ms - TOMBSTONE_LIFE_MS))
 
 
 async def _missing(session: Session, table: Table) -> list[Column[object]]:

@@ -98,8 +98,39 @@ INSERT INTO sync_meta (name, value) VALUES ('newest_stamp', ?)
 ON CONFLICT (name) DO UPDATE SET value = max(value, excluded.value)"""
 """Raise the newest stamp."""
 
+FORGOTTEN: Final = "forgotten_ms"
+"""Name of a number of sync_meta."""
+
+NOTE_MOST: Final = """\
+INSERT INTO sync_meta (name, value) VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = max(value, excluded.value)"""
+"""Raise one number of sync_meta."""
+
+NOTE_LEAST: Final = """\
+INSERT INTO sync_meta (name, value) VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = min(value, excluded.value)"""
+"""Lower one number of sync_meta."""
+
+LATE: Final = "SELECT min(value) FROM sync_meta WHERE name >= ? AND name < 'late;'"
+"""The oldest stamp noted as late from a moment on; moments have as many digits as sort like numbers."""
+
+FORGET_LATE: Final = "DELETE FROM sync_meta WHERE name >= 'late:' AND name < ?"
+"""Forget notes of older moments."""
+
 READ_META: Final = "SELECT value FROM sync_meta WHERE name = ?"
 """One number of sync_meta."""
+
+CHANGED: Final = """\
+SELECT $columns, 0 FROM $items WHERE (stamp, id) > (?, ?)
+UNION ALL
+SELECT id, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, stamp, 1
+FROM sync_tombstones WHERE (stamp, id) > (?, ?)
+ORDER BY 11, 1 LIMIT ?"""
+"""A page of rows and tombstones, the marked ones, by stamp and id."""
+
+UNSTAMPED: Final = "SELECT $columns, 0 FROM $items WHERE stamp IS NULL AND id > ? ORDER BY id LIMIT ?"
+"""A page of the rows that were written without a stamp."""
+
+STAMPS: Final = "SELECT id, coalesce(stamp, 0) FROM $items WHERE id IN ($n)"
+"""Stamps of these ids."""
 
 COUNT: Final = "SELECT count(*) FROM $items"
 """How many rows there are."""
@@ -138,6 +169,8 @@ class Words:
         self.in_state = self._text(IN_STATE)
         self.ids_in_state = self._text(IDS_IN_STATE)
         self.count_state = self._text(COUNT_STATE)
+        self.changed = self._text(CHANGED)
+        self.unstamped = self._text(UNSTAMPED)
         self.range = {shape: self._text(RANGE, range=bounds) for shape, bounds in _RANGES.items()}
         self.count_range = {shape: self._text(COUNT_RANGE, range=bounds) for shape, bounds in _RANGES.items()}
         self.upsert = {size: self._text(UPSERT, rows=_many(ROW, size)) for size in _row_sizes()}
@@ -145,6 +178,7 @@ class Words:
         self.fetch = self._by_ids(FETCH)
         self.existing = self._by_ids(EXISTING)
         self.held = self._by_ids(HELD)
+        self.stamps = self._by_ids(STAMPS)
         self.delete = self._by_ids(DELETE)
         self.buried = self._by_ids(BURIED)
         self.exhume = self._by_ids(EXHUME)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Final, TypeVar
 from uuid import uuid4
@@ -13,11 +13,11 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from sync_engine.clock import SystemClock
 from sync_engine.errors import ConfigError, TierUnavailable
 from sync_engine.item import Op, SyncItem, check_id, check_state
-from sync_engine.ports import Applied, BatchWriteResult, Clock, Fetched
-from sync_engine.storage.sql import tables
+from sync_engine.ports import Applied, BatchWriteResult, Changes, Clock, Fetched
+from sync_engine.storage.sql import history, tables
 from sync_engine.storage.sql.apply import apply_ops
 from sync_engine.storage.sql.migrate import prepare
-from sync_engine.storage.sql.pages import check_limit, check_text, paged, range_of, sound
+from sync_engine.storage.sql.pages import PAGE_ROWS, check_limit, check_text, paged, range_of, sound
 from sync_engine.storage.sql.rows import Row, Value, item_of
 from sync_engine.storage.sql.sqlite import Session, file_of, make_engine, make_file
 from sync_engine.storage.sql.sqlite_words import IDS_MAX, READ_META, padded, words_of
@@ -61,6 +61,7 @@ class SqlStore:
         """
         if type(timeout_ms) is not int or not 1 <= timeout_ms <= 600_000:
             raise ConfigError(f"timeout_ms = {timeout_ms!r}: must be an integer from 1 to 600000")
+        clock = clock or SystemClock()
         path = file_of(url)
         await asyncio.to_thread(make_file, path)
         engine = make_engine(path, timeout_ms)
@@ -68,13 +69,13 @@ class SqlStore:
         try:
             for _ in range(1 + READERS):
                 sessions.append(await Session.open(engine))
-            await prepare(sessions[0])
+            await prepare(sessions[0], clock.now_ms())
         except BaseException:  # cancelled or failed alike: the caller has no store to close
             for session in sessions:
                 await session.close()
             await engine.dispose()
             raise
-        return cls(path, engine, sessions, clock or SystemClock())
+        return cls(path, engine, sessions, clock)
 
     # The port: many ids first, facts back.
 
@@ -104,7 +105,7 @@ class SqlStore:
         if not ops:
             return Applied()
         now_ms = self._clock.now_ms()
-        return await self._owned(lambda: self._transaction(ops, now_ms))
+        return await self._owned(lambda: self._transaction(lambda own: apply_ops(own, self._words, ops, now_ms)))
 
     async def list_state_ids(self, state: str, limit: int = 1000, *, after: str | None = None) -> list[str]:
         """Ids in the state, ascending, those greater than ``after``."""
@@ -135,6 +136,30 @@ class SqlStore:
     async def newest_stamp(self) -> int:
         """A stamp that no write this store has accepted exceeds; 0 when it never accepted one."""
         return await self._number(READ_META, ("newest_stamp",))
+
+    async def held_stamps(self, ids: Sequence[str], /) -> dict[str, int]:
+        """The stamps of the rows that there are."""
+        return dict(await self._by_ids(self._words.stamps, ids))
+
+    async def buried_stamps(self, ids: Sequence[str], /) -> dict[str, int]:
+        """The stamps of the tombstones that there are."""
+        return dict(await self._by_ids(self._words.buried, ids))
+
+    async def changed_since(self, stamp: int, after: tuple[int, str] | None = None, limit: int = PAGE_ROWS) -> Changes:
+        """Rows and tombstones of that stamp or newer, page by page, ascending by stamp and id."""
+        return await history.changed_since(self._rows, self._words, stamp, after, check_limit(limit))
+
+    async def forgotten(self) -> int:
+        """A stamp below which tombstones may have been removed."""
+        return await history.forgotten(self._rows)
+
+    async def note_late(self, at_ms: int, stamp: int, /) -> None:
+        """Remember durably that from this moment on a cache is given an operation of this old stamp."""
+        await self._owned(lambda: self._transaction(lambda own: history.note_late(own, at_ms, stamp)))
+
+    async def late_since(self, at_ms: int, /) -> int | None:
+        """The oldest stamp noted as late at that moment or after it."""
+        return await history.late_since(self._rows, at_ms)
 
     async def close(self) -> None:
         """Finish what runs, then close the connections. Safe to call twice."""
@@ -217,6 +242,9 @@ class SqlStore:
             raise TierUnavailable(self.name, "the store is closed")
         return min(self._readers, key=_running)
 
+    async def _rows(self, sql: str, values: Sequence[Value]) -> list[Row]:
+        return await self._reader().rows(sql, values)
+
     async def _number(self, sql: str, values: Sequence[Value]) -> int:
         ((number,),) = await self._reader().rows(sql, values)
         return int(number)
@@ -246,16 +274,16 @@ class SqlStore:
 
         return paged(page, check_text("after", after or ""), limit)
 
-    async def _transaction(self, ops: Sequence[Op], now_ms: int) -> Applied:
+    async def _transaction(self, work: Callable[[Session], Awaitable[_T]]) -> _T:
         async with self._writing:
             try:
                 await self._writer.begin()
-                applied = await apply_ops(self._writer, self._words, ops, now_ms)
+                done = await work(self._writer)
                 await self._writer.commit()
             except BaseException:  # cancelled or failed alike: an open transaction would take in the next writes
                 await self._writer.rollback()
                 raise
-            return applied
+            return done
 
     async def _owned(self, work: Callable[[], Coroutine[Any, Any, _T]]) -> _T:
         """Run to the end whatever becomes of the caller: half a transaction would hold the lock for ever."""

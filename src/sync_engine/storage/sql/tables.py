@@ -10,13 +10,16 @@ from typing import Final
 
 from sqlalchemy import BigInteger, Column, Index, Integer, LargeBinary, MetaData, String, Table, Text, text
 
-__all__ = ["ADOPTABLE", "SCHEMA_VERSION", "item_table", "items", "meta", "metadata", "tombstones"]
+__all__ = ["ADOPTABLE", "SCHEMA_VERSION", "TOMBSTONE_LIFE_MS", "item_table", "items", "meta", "metadata", "tombstones"]
 
 SCHEMA_VERSION: Final = 1
 """Raised when a table changes so that older code would misread it."""
 
 ADOPTABLE: Final = frozenset({"merkle_dirty", "state", "access_count", "last_accessed", "stamp"})
 """Columns that tables of older writers lack and that can be added: all are nullable or have a default."""
+
+TOMBSTONE_LIFE_MS: Final = 7 * 86_400_000
+"""How long a delete is remembered: far longer than a put waits in a log that is being flushed."""
 
 _Int64 = BigInteger().with_variant(Integer(), "sqlite")
 _Id = String(255).with_variant(Text(), "sqlite")
@@ -45,6 +48,7 @@ def item_table(name: str) -> Table:
         Index(f"{prefix}timestamp", "timestamp"),
         Index(f"{prefix}merkle_dirty", "merkle_dirty"),
         Index(f"{prefix}state", "state", "id"),  # with the id: pages of a state are read in order, by key
+        Index(f"{prefix}stamp", "stamp", "id"),  # what changed since, in order; by key, since stamps may be equal
     )
 
 
@@ -57,6 +61,7 @@ tombstones = Table(
     Column("stamp", _Int64, nullable=False),
     Column("deleted_at_ms", _Int64, nullable=False),
     Index("idx_tombstones_deleted_at", "deleted_at_ms"),
+    Index("idx_tombstones_stamp", "stamp", "id"),
 )
 """Ids deleted by a stamped operation, so that an older put that arrives late stays out."""
 
@@ -66,4 +71,7 @@ meta = Table(
     Column("name", _Id, primary_key=True),
     Column("value", _Int64, nullable=False),
 )
-"""Two numbers: ``schema_version``, and ``newest_stamp``, which no accepted write exceeds."""
+"""Numbers by name.
+
+``schema_version``; ``newest_stamp``, which no accepted write exceeds; ``forgotten_ms``: deletes before that moment may
+be forgotten; ``late:{ms}``: the oldest stamp that Redis was given late from that moment on (``Truth.note_late``)."""

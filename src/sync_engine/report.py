@@ -1,0 +1,74 @@
+"""What an engine tells of itself: figures of a moment, the health of its tiers, what a stop left behind."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from sync_engine.resilience import Phase
+from sync_engine.storage.memory import L1Stats
+
+__all__ = ["EngineStats", "Health", "LaneStats", "StopReport", "TierHealth"]
+
+
+@dataclass(frozen=True, slots=True)
+class StopReport:
+    """What ``stop`` left behind: nothing, if both are 0.
+
+    ``left_in_log`` operations are applied at the next start. ``lost`` ones skip SQL, are in no log, and
+    Redis did not take them in time.
+    """
+
+    left_in_log: int
+    lost: int
+
+
+@dataclass(frozen=True, slots=True)
+class LaneStats:
+    """One tier's queue: operations waiting, and why it is stuck if it is."""
+
+    waiting: int
+    trouble: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """Figures of one moment."""
+
+    l1: L1Stats
+    pending: int
+    pending_bytes: int
+    quarantined: int
+    recovered: int
+    log_records: int
+    log_bytes: int
+    log_damage: tuple[str, ...]
+    evicted: int = 0
+    """Items that left Redis to make room there."""
+    lanes: dict[str, LaneStats] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class TierHealth:
+    """One tier, as it answered just now.
+
+    ``trouble`` says why it does not answer, is not read, or does not take its operations; None: all is well.
+    ``waiting`` operations are queued for it. ``about`` describes the server, as far as it is known. ``full`` is the
+    share of its memory limit that the fullest server uses, None where there is no limit or it may not be asked.
+    """
+
+    answers: bool
+    trouble: str | None
+    circuit: Phase
+    waiting: int
+    about: str = ""
+    full: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    """``ok``: every tier answers, is read and takes its operations. ``warnings`` name what else deserves a look."""
+
+    ok: bool
+    tiers: Mapping[str, TierHealth]
+    warnings: tuple[str, ...] = ()
