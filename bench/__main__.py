@@ -8,10 +8,24 @@ import datetime
 import random
 import sys
 import tempfile
+import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack
 from pathlib import Path
 
-from bench import end_to_end, growth, l1_reads, log_writes, redis_reads, redis_writes
+from bench import (
+    end_to_end,
+    growth,
+    l1_reads,
+    log_writes,
+    redis_binary,
+    redis_cluster,
+    redis_counts,
+    redis_reads,
+    redis_scans,
+    redis_states,
+    redis_writes,
+)
 from bench.harness import Answer, Stage
 from bench.report import facts, table, written
 from sync_engine.embedded import EmbeddedRedis
@@ -19,6 +33,11 @@ from sync_engine.embedded import EmbeddedRedis
 QUESTIONS: Mapping[str, Callable[[Stage], Awaitable[list[Answer]]]] = {
     "redis_writes": redis_writes.ask,
     "redis_reads": redis_reads.ask,
+    "redis_scans": redis_scans.ask,
+    "redis_counts": redis_counts.ask,
+    "redis_states": redis_states.ask,
+    "redis_binary": redis_binary.ask,
+    "redis_cluster": redis_cluster.ask,
     "l1_reads": l1_reads.ask,
     "log_writes": log_writes.ask,
     "end_to_end": end_to_end.ask,
@@ -45,7 +64,7 @@ def main(args: Sequence[str] | None = None) -> int:
     if unknown:
         parser.error(f"no such question: {', '.join(sorted(unknown))}")
     rounds = told.rounds or (1 if told.quick else ROUNDS)
-    asyncio.run(_asked(told.names or list(QUESTIONS), told.quick, rounds, told.seed))
+    asyncio.run(_asked(list(dict.fromkeys(told.names)) or list(QUESTIONS), told.quick, rounds, told.seed))
     return 0
 
 
@@ -55,18 +74,21 @@ async def _asked(names: Sequence[str], quick: bool, rounds: int, seed: int) -> N
     answers: list[Answer] = []
     # Beside the code rather than in /tmp, which may be memory: what is asked of a disk must be a disk's work.
     with tempfile.TemporaryDirectory(prefix=".bench-", dir=RESULTS.parent) as folder:
-        async with EmbeddedRedis() as redis:
+        async with EmbeddedRedis() as redis, AsyncExitStack() as at_end:
             stage = Stage(
                 redis.url,
                 redis.pid,
                 Path(folder),
+                at_end,
                 rounds=rounds,
                 scale=QUICK_SCALE if quick else 1,
                 rng=random.Random(seed),
             )
             for name in names:
                 print(f"{name} …", file=sys.stderr, flush=True)
+                start = time.perf_counter()
                 answers += await QUESTIONS[name](stage)
+                print(f"  took {time.perf_counter() - start:.1f} s", file=sys.stderr, flush=True)
     print(table(answers))
     if not quick and len(names) == len(QUESTIONS):
         print(f"\nwritten: {written(RESULTS, answers, stage.raced, known, when)}")

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from bench.data import batches, fresh, places
-from bench.harness import Answer, Contender, Stage, Target, check, compared
+from bench.harness import Answer, Contender, Stage, Target, Unit, check, compared
 from sync_engine import SyncEngine, SyncEngineConfig
 
 __all__ = ["ask"]
@@ -38,7 +38,7 @@ async def ask(stage: Stage) -> list[Answer]:
         order = "ids spread over all that is stored" if spread else "ids in the order of the data set"
         asked = f"cost per stored item at {many.stored:,} against at {few.stored:,} stored, {order}"
         target = Target(1.25, at_most=True)
-        answers.append(compared(asked, times, many.name, [few.name], target, per_second=False))
+        answers.append(compared(asked, times, many.name, [few.name], target, unit=Unit.TIME))
     return answers
 
 

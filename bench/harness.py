@@ -12,13 +12,16 @@ import random
 import shutil
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
+from typing import Any
 
 from redis.asyncio import Redis
 
-__all__ = ["Answer", "Contender", "Stage", "Target", "Times", "WrongResult", "check", "compared"]
+__all__ = ["Answer", "Contender", "Limit", "Stage", "Target", "Times", "Unit", "WrongResult", "check", "compared"]
 
 
 class WrongResult(Exception):
@@ -58,6 +61,14 @@ class Times:
     busy: list[float] = field(default_factory=list)
 
 
+class Unit(Enum):
+    """What the two costs of an answer are, and so how they are shown."""
+
+    RATE = "units per second"
+    TIME = "seconds per unit"
+    BYTES = "bytes per unit"
+
+
 @dataclass(frozen=True, slots=True)
 class Target:
     """What the ratio has to be: speed at least so many times the baseline's, or time at most so many times."""
@@ -65,17 +76,31 @@ class Target:
     bound: float
     at_most: bool = False
 
-    def met(self, ratio: float) -> bool:
+    def met(self, answer: Answer) -> bool:
         """Whether the ratio is within the target."""
-        return ratio <= self.bound if self.at_most else ratio >= self.bound
+        return answer.ratio <= self.bound if self.at_most else answer.ratio >= self.bound
 
     def __str__(self) -> str:
         return f"{'≤' if self.at_most else '≥'} {self.bound:g} ×"
 
 
 @dataclass(frozen=True, slots=True)
+class Limit:
+    """What our own time has to be, whatever it is beside."""
+
+    seconds: float
+
+    def met(self, answer: Answer) -> bool:
+        """Whether our time is within the limit."""
+        return answer.ours_cost <= self.seconds
+
+    def __str__(self) -> str:
+        return f"≤ {self.seconds * 1e3:g} ms"
+
+
+@dataclass(frozen=True, slots=True)
 class Answer:
-    """One row of the table. Costs are medians, in seconds per unit; ratios are those of the rounds.
+    """One row of the table. Costs are medians, in seconds or bytes per unit; ratios are those of the rounds.
 
     ``busy_ratio`` is the same of processor time, which others on the machine disturb less; None where the work is
     done elsewhere. Without a target the row is there to be read beside another one.
@@ -84,12 +109,12 @@ class Answer:
     question: str
     ours: str
     baseline: str
-    ours_s: float
-    baseline_s: float
+    ours_cost: float
+    baseline_cost: float
     ratios: Sequence[float]
     busy_ratio: float | None
-    target: Target | None
-    per_second: bool
+    target: Target | Limit | None
+    unit: Unit
 
     @property
     def ratio(self) -> float:
@@ -99,7 +124,7 @@ class Answer:
     @property
     def met(self) -> bool | None:
         """Whether the target was met; None without one."""
-        return None if self.target is None else self.target.met(self.ratio)
+        return None if self.target is None else self.target.met(self)
 
 
 def compared(
@@ -109,7 +134,7 @@ def compared(
     baselines: Sequence[str],
     target: Target | None,
     *,
-    per_second: bool = True,
+    unit: Unit = Unit.RATE,
 ) -> Answer:
     """Ours against the fastest of the baselines, by its median."""
     fastest = min(baselines, key=lambda name: statistics.median(times[name].wall))
@@ -125,7 +150,7 @@ def compared(
         _ratios(mine.wall, theirs.wall, lower),
         statistics.median(busy) if busy else None,
         target,
-        per_second,
+        unit,
     )
 
 
@@ -134,14 +159,27 @@ def _ratios(mine: Sequence[float], theirs: Sequence[float], lower: bool) -> list
 
 
 class Stage:
-    """What a question finds: a Redis of this run, a folder, sizes, and the race itself."""
+    """What a question finds: a Redis of this run, a folder, sizes, and the race itself.
+
+    ``shared`` holds what several questions use and one of them made; ``at_end`` is unwound after the last question.
+    """
 
     def __init__(
-        self, url: str, server_pid: int, folder: Path, *, rounds: int, scale: float, rng: random.Random
+        self,
+        url: str,
+        server_pid: int,
+        folder: Path,
+        at_end: AsyncExitStack,
+        *,
+        rounds: int,
+        scale: float,
+        rng: random.Random,
     ) -> None:
         self.url = url
         self.rounds = rounds
-        self._server = Path(f"/proc/{server_pid}/schedstat")
+        self.at_end = at_end
+        self.shared: dict[str, Any] = {}
+        self._servers = [_schedstat(server_pid)]
         self._folder = folder
         self._scale = scale
         self._rng = rng
@@ -168,11 +206,25 @@ class Stage:
         async with Redis.from_url(self.url) as client:
             await client.flushall()
 
-    async def race(self, *contenders: Contender) -> dict[str, Times]:
-        """Every contender once per round in random order, after one round that does not count (none in a quick run)."""
+    @contextmanager
+    def watching(self, *server_pids: int) -> Iterator[None]:
+        """Count the processor time of further servers as well."""
+        held = list(self._servers)
+        self._servers += map(_schedstat, server_pids)
+        try:
+            yield
+        finally:
+            self._servers = held
+
+    async def race(self, *contenders: Contender, rounds: int | None = None) -> dict[str, Times]:
+        """Every contender once per round in random order, after one round that does not count (none in a quick run).
+
+        ``rounds``, for contenders that take their time: at most so many, and all of them count.
+        """
         times = {contender.name: Times() for contender in contenders}
-        check(len(times) == len(contenders), "two contenders have one name")
-        for round_ in range(0 if self._scale < 1 else -1, self.rounds):
+        check(len(times) == len(contenders) and not times.keys() & self.raced.keys(), "two contenders have one name")
+        first = 0 if self._scale < 1 or rounds is not None else -1
+        for round_ in range(first, self.rounds if rounds is None else min(rounds, self.rounds)):
             for contender in self._rng.sample(contenders, len(contenders)):
                 wall, busy = await self._timed(contender)
                 if round_ >= 0:
@@ -197,6 +249,10 @@ class Stage:
         return (wall, busy) if told is None else (told, 0.0)
 
     def _busy(self) -> float:
-        """Processor seconds of this process, and of the one thread in which Redis runs commands."""
-        served = int(self._server.read_text().split()[0]) / 1e9 if self._server.exists() else 0.0
+        """Processor seconds of this process, and of the one thread in which each Redis runs commands."""
+        served = sum(int(server.read_text().split()[0]) / 1e9 for server in self._servers if server.exists())
         return time.process_time() + served
+
+
+def _schedstat(pid: int) -> Path:
+    return Path(f"/proc/{pid}/schedstat")

@@ -6,7 +6,7 @@ import random
 from collections.abc import Sequence
 
 from bench.data import fresh, places
-from bench.harness import Answer, Contender, Stage, Target, check, compared
+from bench.harness import Answer, Contender, Stage, Target, Unit, check, compared
 from sync_engine import SyncEngine, SyncEngineConfig, SyncItem
 
 __all__ = ["ask"]
@@ -29,7 +29,7 @@ async def ask(stage: Stage) -> list[Answer]:
         times = await stage.race(EngineGets(engine, ids, held), DictGets(ids, held))
     stage.drop_folder(folder)
     ours, bare = times
-    return [compared("`engine.get` on an L1 hit", times, ours, [bare], Target(4, at_most=True), per_second=False)]
+    return [compared("`engine.get` on an L1 hit", times, ours, [bare], Target(4, at_most=True), unit=Unit.TIME)]
 
 
 class EngineGets(Contender):

@@ -12,7 +12,7 @@ from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
-from bench.harness import Answer, Times
+from bench.harness import Answer, Times, Unit
 
 __all__ = ["facts", "table", "written"]
 
@@ -30,8 +30,8 @@ def table(answers: Sequence[Answer]) -> str:
             answer.question,
             answer.ours,
             answer.baseline,
-            _shown(answer.ours_s, answer.per_second),
-            _shown(answer.baseline_s, answer.per_second),
+            _shown(answer.ours_cost, answer.unit),
+            _shown(answer.baseline_cost, answer.unit),
             f"{answer.ratio:.2f} × [{low:.2f}..{high:.2f}]",
             "–" if answer.busy_ratio is None else f"{answer.busy_ratio:.2f} ×",
             str(answer.target or "–"),
@@ -77,7 +77,11 @@ def written(
     return path
 
 
-def _shown(seconds: float, per_second: bool) -> str:
-    if per_second:
-        return f"{1 / seconds:,.0f}/s"
-    return f"{seconds * 1e9:,.0f} ns" if seconds < 1e-5 else f"{seconds * 1e6:,.1f} µs"
+def _shown(cost: float, unit: Unit) -> str:
+    if unit is Unit.RATE:
+        return f"{1 / cost:,.0f}/s"
+    if unit is Unit.BYTES:
+        return f"{cost:,.0f} B"
+    if cost < 1e-5:
+        return f"{cost * 1e9:,.0f} ns"
+    return f"{cost * 1e6:,.1f} µs" if cost < 1e-3 else f"{cost * 1e3:,.2f} ms"

@@ -7,9 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.slow
 def test_every_question_is_answered_in_a_quick_run() -> None:
     said = _bench("--quick")
     assert said.returncode == 0, said.stderr
@@ -19,6 +22,13 @@ def test_every_question_is_answered_in_a_quick_run() -> None:
         "put_batch",
         "own script",
         "single `RedisStore.get`",
+        "`scan_prefix` of",
+        "`count_prefix` of",
+        "while `iter_by_state` is at work",
+        "while `delete_by_state` is at work",
+        "memory of an index",
+        "binary items of 10 kB",
+        "a cluster of 3 primaries",
         "L1 hit",
         "Ack.LOGGED",
         "all stored",
