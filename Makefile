@@ -15,8 +15,8 @@ PINNED := $(PIP_FLAGS) --constraint constraints/python.txt
 SETUP := pyproject.toml constraints/python.txt
 # Processes that share the suite; each has its own Redis.
 WORKERS ?= 2
-# What the shorter runs on other Pythons leave out.
-QUICK := not slow and not crash
+# What the shorter runs on other Pythons leave out. Every kind of server is still there: in the contract suite.
+QUICK := not slow and not crash and not servers
 # Passed on by demo, bench and docs-test: make demo ARGS="--places 1000"
 ARGS ?=
 
@@ -55,14 +55,14 @@ audit: .venv/ready-dev
 	@$(BIN)/python -m pip install $(PINNED) pip-audit
 	@$(BIN)/pip-audit --requirement constraints/python.txt --no-deps --disable-pip
 
-# The same suite without the slow and the crash tests, on every other supported Python of this machine.
+# The same suite without the slow tests and those of crashes and single tiers, on every other supported Python here.
 other-pythons: .venv/ready-dev
 	@found="$$($(BIN)/python .ci/other_pythons.py)"; \
 	test -n "$$found" || echo '== no other supported Python found here'; \
 	for python in $$found; do \
 	  version=$$("$$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])'); \
 	  $(MAKE) PYTHON="$$python" ".venv-$$version/ready-test"; \
-	  echo "== tests on Python $$version, without the slow and the crash tests"; \
+	  echo "== tests on Python $$version, without the slow tests and those of crashes and single tiers"; \
 	  ".venv-$$version/bin/python" -m pytest -n $(WORKERS) --dist worksteal -m '$(QUICK)' \
 	    --hypothesis-profile quick -p no:cacheprovider; \
 	done

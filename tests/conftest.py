@@ -40,10 +40,11 @@ settings.load_profile("suite")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Everything under tests/crash kills something and carries the mark that says so."""
+    """What a folder says of the tests in it, as a mark."""
     for item in items:
-        if item.path.is_relative_to(HERE / "crash"):
-            item.add_marker(pytest.mark.crash)
+        for folder in ("crash", "servers"):
+            if item.path.is_relative_to(HERE / folder):
+                item.add_marker(folder)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -10,12 +10,13 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import cast
 
 from sync_engine.coalesce import Coalescer
 from sync_engine.errors import StoreError, SyncEngineError, TierUnavailable
 from sync_engine.item import Op, SyncItem, check_id
 from sync_engine.options import ItemStatus
-from sync_engine.ports import Clock, Fetched, Hot, Tier
+from sync_engine.ports import Cache, Clock, Fetched, Hot, Tier
 from sync_engine.write.pending import Entry, PendingIndex, overlay
 from sync_engine.write.quarantine import Quarantine, Quarantined
 
@@ -239,11 +240,11 @@ class Reader:
         found: dict[str, Answer] = {}
         for _ in range(LOOKS_MAX):
             with self._watched() as touched:
-                answers, lift, mend = await self._ask(ids)
+                answers, lift, damaged = await self._ask(ids)
             self._keep(answers, touched)
             fills = [item for item in lift if item.object_id not in touched and not item.sql_only]
-            if fills or mend:
-                self._fill(fills, mend)
+            if fills or damaged:
+                self._fill(fills, damaged)
             found.update(answers)
             # Not there, but written meanwhile: it may have gone from where we had not looked to where we had.
             ids = [object_id for object_id in ids if object_id not in answers and object_id in touched]
@@ -270,8 +271,8 @@ class Reader:
                 if not newer:
                     self._l1.offer(answer, answer.expires_at)
 
-    async def _ask(self, ids: Sequence[str]) -> tuple[dict[str, Answer], list[SyncItem], list[SyncItem]]:
-        """Answers, what to copy into L2, and what to write over a damaged L2 copy."""
+    async def _ask(self, ids: Sequence[str]) -> tuple[dict[str, Answer], list[SyncItem], dict[str, int]]:
+        """Answers, what to copy into L2, and which damaged copies have to leave it first, with their stamps."""
         answers: dict[str, Answer] = {}
         upper = Fetched()
         silent: TierUnavailable | None = None
@@ -283,7 +284,9 @@ class Reader:
             answers.update(upper.items)
         missing = [object_id for object_id in ids if object_id not in answers]
         if not missing:
-            return answers, [], []
+            return answers, [], {}
+        # Before the truth is asked: what is written to L2 from then on has another stamp, and stays.
+        stamps = await self._stamps(list(upper.corrupt)) if upper.corrupt else {}
         truth = Fetched()
         unknown: dict[str, SyncEngineError] = {}
         if self._l3 is not None:
@@ -292,13 +295,15 @@ class Reader:
             except TierUnavailable as down:
                 unknown = dict.fromkeys(missing, down)
         lift: list[SyncItem] = []
-        mend: list[SyncItem] = []
+        damaged: dict[str, int] = {}
         for object_id in missing:
             item = truth.items.get(object_id)
             if item is not None and not self._is_being_erased(item):
                 answers[object_id] = item
                 if self._l2 is not None and silent is None and object_id not in upper.unverified:
-                    (mend if object_id in upper.corrupt and item.stamp else lift).append(item)
+                    lift.append(item)
+                    if object_id in stamps:
+                        damaged[object_id] = stamps[object_id]
             elif object_id in truth.corrupt:
                 answers[object_id] = truth.corrupt[object_id]
             elif object_id in unknown:
@@ -309,15 +314,23 @@ class Reader:
                 answers[object_id] = upper.corrupt[object_id]
             elif silent is not None:
                 answers[object_id] = silent
-        return answers, lift, mend
+        return answers, lift, damaged
+
+    async def _stamps(self, ids: Sequence[str]) -> dict[str, int]:
+        """What L2 takes for the stamps of copies that are damaged, the stamp itself perhaps."""
+        try:
+            return await cast(Cache, self._l2).held_stamps(ids)
+        except SyncEngineError as failed:
+            log.debug("%d damaged copies cannot be mended now: %s", len(ids), failed)
+            return {}
 
     def _is_being_erased(self, item: SyncItem) -> bool:
         """Whether a newer write that skips SQL is about to remove this row."""
         entry = self._pending.get(item.object_id)
         return entry is not None and entry.op.kind == "put" and not entry.op.sql and entry.op.stamp > item.stamp
 
-    def _fill(self, lift: Sequence[SyncItem], mend: Sequence[SyncItem]) -> None:
-        """Copy upward in the background; a fill never passes a newer copy or a tombstone."""
+    def _fill(self, lift: Sequence[SyncItem], damaged: Mapping[str, int]) -> None:
+        """Copy upward in the background, also over what is damaged; a fill never passes a newer copy or a tombstone."""
         if len(self._fills) >= FILLS_MAX:
             return
         expires_at = self._clock.now_ms() + self._promotion_ttl_ms
@@ -328,19 +341,21 @@ class Reader:
                 stamp=item.stamp,
                 item=item,
                 redis_expires_at=expires_at,
-                fill=fill,
+                fill=True,
             )
-            for fill, items in ((True, lift), (False, mend))
-            for item in items
+            for item in lift
         ]
-        task = asyncio.get_running_loop().create_task(self._lift(ops), name="sync-engine fill")
+        task = asyncio.get_running_loop().create_task(self._lift(ops, damaged), name="sync-engine fill")
         self._fills.add(task)
         task.add_done_callback(self._fills.discard)
 
-    async def _lift(self, ops: Sequence[Op]) -> None:
+    async def _lift(self, ops: Sequence[Op], damaged: Mapping[str, int]) -> None:
         assert self._l2 is not None
         try:
-            await self._l2.apply(ops)
+            if damaged:
+                await cast(Cache, self._l2).evict(list(damaged.items()))
+            if ops:
+                await self._l2.apply(ops)
         except SyncEngineError as failed:
             log.debug("copying %d items into %s failed: %s", len(ops), self._l2.name, failed)
 

@@ -57,11 +57,14 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         if hasattr(stream, "reconfigure"):
             # Names in many scripts, also where the locale is C.
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+    words = [_utf8(word) for word in (sys.argv[1:] if argv is None else argv)]
     try:
-        words = [_utf8(word) for word in (sys.argv[1:] if argv is None else argv)]
         sys.exit(app(words, prog_name="sync-engine", standalone_mode=False))
     except _UsageError as wrong:
         message = getattr(wrong, "format_message", wrong.__str__)()
+        # What stands in the wrong place may be a URL, or the half of one that somebody mistyped.
+        for word in sorted((word for word in words if ":" in word), key=len, reverse=True):
+            message = message.replace(word, "***")
         # Without any argument the message is the help itself.
         sys.stderr.write(
             message if message.startswith("Usage:") else f"sync-engine: {one_line(message)} (see --help)\n"

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 from uuid import uuid4
@@ -208,6 +209,11 @@ async def _started(server: _Startable) -> None:
 
 
 def _run(work: Coroutine[Any, Any, None]) -> None:
-    # A loop of its own that is never made the thread's current one, so that no other plugin's loop is displaced.
+    # On a thread of its own: what asks for a server may do so within a test, whose loop is running on this one.
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(_run_here, work).result()
+
+
+def _run_here(work: Coroutine[Any, Any, None]) -> None:
     with asyncio.Runner(loop_factory=asyncio.new_event_loop) as runner:
         runner.run(work)

@@ -153,8 +153,8 @@ local function string_head(key)
   if string.sub(head, 1, 2) == ENVELOPE then
     local stamp = find(string.sub(head, 3, 22), '^0*(%d+)$')
     local width = tonumber(find(string.sub(head, 23, 25), '^%d%d%d$'))
-    if not stamp or not width or #head < 25 + width then return FOREIGN end
-    return BINARY, stamp, string.sub(head, 26, 25 + width)
+    if stamp and width and #head >= 25 + width then return BINARY, stamp, string.sub(head, 26, 25 + width) end
+    return LOOSE, '0', 'default' -- nobody else writes our magic: it is damaged, and gives way to whatever is written
   end
   if string.sub(head, 1, #TEXT_HEAD) == TEXT_HEAD then
     local length, state, stamp = tail_of(call('GETRANGE', key, -TEXT_TAIL, -1))
