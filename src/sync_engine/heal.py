@@ -72,6 +72,7 @@ class Healing:
         self._runs = runs
         self._keep_runs = keep_runs
         self._way: _Way | None = None
+        self._told = ""
 
     async def run(self) -> None:
         """Heal whenever it is needed, until cancelled."""
@@ -94,7 +95,7 @@ class Healing:
                 continue
             await self._cache.healed(marks)
             if trust.epoch == epoch:
-                self._runs, self._way = {mark.place: mark.run for mark in marks}, None
+                self._runs, self._way, self._told = {mark.place: mark.run for mark in marks}, None, ""
                 trust.regain()
                 await self._note_runs()
 
@@ -196,9 +197,12 @@ class Healing:
     def _passing(self, failed: BaseException) -> bool:
         if not isinstance(failed, SyncEngineError):
             return False
-        if self._trust.trouble != (told := str(failed)):
-            log.log(logging.ERROR if isinstance(failed, StoreError) else logging.WARNING, "Redis is not read: %s", told)
-        self._trust.trouble = told
+        # What an open circuit says is another text each time; why it is open is not.
+        cause = str(failed).rpartition("; last: ")[2].removeprefix("l2 is unavailable: ")
+        if cause != self._told:
+            level = logging.ERROR if isinstance(failed, StoreError) else logging.WARNING
+            log.log(level, "Redis is not read: %s", failed)
+        self._told, self._trust.trouble = cause, str(failed)
         return True
 
 

@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from sync_engine.testing.fixtures import StartKind
+from sync_engine.testing.servers import RedisKind, RunningRedis
+
 from .rig import Drivers, MakeRig, Rig
 
 
@@ -33,3 +36,9 @@ def make_rig(tmp_path: Path, drivers: Drivers, redis_url: str, redis_prefix: str
     yield make
     for rig in made:
         rig.close()
+
+
+@pytest.fixture
+async def server(server_kind: RedisKind, own_kind: StartKind) -> RunningRedis:
+    """A server of each kind that this test alone has, to be killed, paused, emptied."""
+    return await own_kind(server_kind)

@@ -6,9 +6,11 @@ import asyncio
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,14 +19,37 @@ from sync_engine import SyncEngine, SyncEngineConfig, SyncItem
 from sync_engine.storage.redis import RedisStore
 from sync_engine.storage.sql import SqlStore
 from sync_engine.testing.ackjournal import AckJournal
+from sync_engine.testing.servers import RedisKind
 
 from .driver import STATES, State, after, expected, move, told, work
 
-__all__ = ["Drivers", "Figures", "Ledger", "MakeRig", "Rig", "until"]
+__all__ = [
+    "NO_L1",
+    "QUICK",
+    "Drivers",
+    "Figures",
+    "Ledger",
+    "MakeRig",
+    "Rig",
+    "locked",
+    "thorough",
+    "until",
+    "until_well",
+]
 
 JOURNAL_WITHIN_S = 30.0
 HEARD_WITHIN_S = 40.0
 """Bounds of waits for other processes; a healthy run needs a fraction of a second."""
+
+QUICK = {"redis_response_timeout_ms": 200, "redis_timeout_ms": 500}
+"""Far below the defaults, so that a silent server does not make the test long; nothing here measures time."""
+NO_L1 = {"l1_max_bytes": 0}
+"""Every read then asks the tiers."""
+
+
+def thorough(kind: RedisKind) -> bool:
+    """Whether this kind of server gets the long variant of a scenario."""
+    return kind.name == "redis-8-modules"
 
 
 @dataclass(slots=True)
@@ -271,6 +296,8 @@ class Rig:
     async def read_back(self, engine: SyncEngine, *, l2_exact: bool = True, l2_states: bool = True) -> None:
         """Compare what every tier holds with the account and with each other. The engine must have flushed."""
         await self.take()
+        if self.redis_url is not None:
+            await until_well(engine)  # until a Redis that was restarted is believed, what is not there is not known
         figures, ids = self.figures, sorted(self.ledger.possible)
         figures.read_backs += 1
         answers = await engine.get_many(ids[::2]) | {key: item for key in ids[1::2] if (item := await engine.get(key))}
@@ -325,6 +352,26 @@ class Rig:
             self.drivers.kill()
             self.drivers.ended()
         self.journal.stop()
+
+
+@contextmanager
+def locked(rig: Rig) -> Iterator[sqlite3.Connection]:
+    """Somebody else holds the write lock of the truth."""
+    other = sqlite3.connect(rig.data_dir / "truth.db", isolation_level=None)
+    try:
+        other.execute("BEGIN IMMEDIATE")
+        yield other
+        if other.in_transaction:
+            other.execute("ROLLBACK")
+    finally:
+        other.close()
+
+
+async def until_well(engine: SyncEngine) -> None:
+    """Wait until every tier answers and is read."""
+    async with asyncio.timeout(HEARD_WITHIN_S):
+        while not (await engine.health()).ok:  # noqa: ASYNC110 - it is asked, and tells nobody by itself
+            await asyncio.sleep(0.01)
 
 
 async def until(true: Callable[[], bool]) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from sync_engine import Ack, ContentType, PayloadTooLarge, SubmitOptions, SyncEngine, SyncItem, TierUnavailable
+from sync_engine import SubmitOptions, SyncEngine, SyncItem, TierUnavailable
 from sync_engine.item import Op
 from sync_engine.log import WriteAheadLog
 from sync_engine.log_folder import Folder
@@ -271,25 +271,3 @@ async def test_I10_a_flood_of_items_that_no_log_holds_is_refused_at_the_bound(
     await store.close()
     rig.figures.faults, rig.figures.acked, rig.figures.failed = 1, told["acked"], told["refused"]
     rig.figures.tell(f"18 a flood of {count * size // MIB} MiB that no log holds, bound {bound // MIB} MiB")
-
-
-@pytest.mark.slow
-async def test_the_largest_item_goes_through_every_tier_and_one_byte_more_is_refused(make_rig: MakeRig) -> None:
-    rig = make_rig()
-    largest = 16 * MIB
-    items = [
-        SyncItem("binary", b"\xff" * largest),
-        SyncItem("json", b'"' + b"j" * (largest - 2) + b'"'),
-    ]
-    assert items[1].content_type is ContentType.JSON
-    async with SyncEngine(rig.config()) as engine:
-        for item in items:
-            with pytest.raises(PayloadTooLarge):
-                await engine.submit(item.replace(content=item.content + b" "))
-            await engine.submit(item, ack=Ack.STORED)
-        assert engine.stats().quarantined == 0
-    l2 = await RedisStore.connect(str(rig.redis_url), rig.prefix)
-    ids = [item.object_id for item in items]
-    assert list((await l2.get_many(ids)).values()) == items
-    await l2.close()
-    assert list((await _of_sql(rig, ids)).values()) == items

@@ -194,6 +194,20 @@ async def test_a_loss_that_reaches_behind_what_sql_remembers_keeps_redis_unread_
         assert (await engine.get("i0")).content == NEW[0].content
 
 
+async def test_why_redis_is_not_read_is_said_once_however_long_it_lasts(
+    rig: Rig, server: RunningRedis, caplog: pytest.LogCaptureFixture
+) -> None:
+    # It was said at every attempt: what an open circuit says tells how long it stays open.
+    async with engine_on(rig, server):
+        pass
+    await server.kill()
+    async with engine_on(rig, server) as engine:
+        await asyncio.sleep(0.3)  # many attempts, since the clock of these tests hurries
+        assert caplog.text.count("Redis is not read") == 1
+        await server.start()
+        await believed(engine)
+
+
 async def test_what_nobody_stamped_is_compared_with_sql(rig: Rig, server: RunningRedis) -> None:
     """Stores of the original: neither side has a stamp, and Redis has never been marked."""
 

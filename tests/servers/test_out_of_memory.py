@@ -180,7 +180,7 @@ async def test_I6_I8_wherever_a_batch_meets_the_limit_nothing_disagrees(store: R
         ops = changes(rng, seeds)
         before = await used(store)
         if step >= 0:
-            await limited(store, before + grown * step // steps)
+            await limited(store, before + grown * (step if step < steps else 2 * steps) // steps)
         try:
             applied = await store.apply(ops)
         except TierUnavailable:
@@ -353,6 +353,25 @@ async def test_I6_answers_are_right_whichever_key_was_evicted(
     assert sets == {s: {id_.encode() for id_, item in held.items() if item.state == s} for s in ("hot", "cold")}
     assert await store.reindex() == 0
     assert await store.delete_by_state("hot") == sum(item.state == "hot" for item in held.values())
+    await store.close()
+
+
+async def test_indexes_that_go_as_fast_as_they_are_made_are_not_taken_for_empty_ones(
+    redis_url: str, redis_prefix: str
+) -> None:
+    store = await RedisStore.connect(redis_url, redis_prefix)
+    await store.put(SyncItem("a", b"{}"))
+    await store.client.delete(f"{redis_prefix}__local__:ids")
+
+    async def index(_: object) -> None:
+        """A walk whose work is gone by the time that it ends."""
+
+    store._indexer.index = index
+    for call in (store.scan_prefix("a"), store.count_prefix("a"), store.count_by_state("default")):
+        with pytest.raises(TierUnavailable, match="lost as fast as they are made"):
+            await call
+    await store.reindex()
+    assert await store.scan_ids("a") == ["a"]
     await store.close()
 
 

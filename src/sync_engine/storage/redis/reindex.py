@@ -1,7 +1,7 @@
 """Indexes of ids for what was there before them: found by one walk over the keyspace, put where it belongs.
 
-A place whose mark is missing is walked before the first question about ids or states. What other programs write
-later is met by point reads at once, by the indexes after the next walk.
+A place that is not known to be indexed, or has lost an index since, is walked before the next question about ids or
+states. What other programs write later is met by point reads at once, by the indexes after the next walk.
 """
 
 from __future__ import annotations
