@@ -16,7 +16,8 @@ pytest_plugins = ["sync_engine.testing.fixtures"]
 HERE = Path(__file__).parent
 
 FAULT_REPORT_INTRODUCTION = """\
-What the tests under `tests/crash` did to working engines, on a real Redis and SQLite, and what it cost. Written by
+What the tests under `tests/crash` did to working engines, on SQLite and a real Redis of the kind that the row names (of
+Redis 8.2 with modules where it names none), and what it cost. Written by
 `.venv/bin/pytest tests/crash --fault-report docs/fault-report.md`; the same figures end every `make test`.
 
 A *life* is a process that ran an engine until it was killed or stopped, a *fault* a kill, cut, pause, lock or error

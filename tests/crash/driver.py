@@ -164,10 +164,15 @@ class _Worker:
             if moved.kind == "put":
                 assert moved.item is not None
                 await self._engine.submit(moved.item, SubmitOptions(redis=moved.redis), ack=ack)
-            elif moved.kind == "delete":
-                await self._engine.delete(object_id, ack=ack)
             else:
-                await self._engine.set_state(object_id, str(moved.state), ack=ack)
+                if moved.kind == "delete":
+                    found = await self._engine.delete(object_id, ack=ack)
+                else:
+                    found = await self._engine.set_state(object_id, str(moved.state), ack=ack)
+                if not found:
+                    # Nothing was there, perhaps for a delete that waited for nothing and goes with the process: that
+                    # the item is as before is then no broken promise.
+                    ack = Ack.MEMORY
         except NotRunning:
             raise
         except SyncEngineError as failed:

@@ -77,7 +77,7 @@ async def test_I6_out_of_memory_at_any_point_of_a_batch_leaves_no_operation_half
         put = [noisy(f"i{n:03}", rng, 2_000) for n in (*range(2, 300, 3), *range(300, 600))]
         ops += [Op(kind="put", object_id=item.object_id, stamp=1_000, item=item) for item in put]
         rng.shuffle(ops)
-        await limit(server, step * 200 * KIB)
+        await limit(server, step * 320 * KIB)
         try:
             await store.apply(ops)
             whole += 1
