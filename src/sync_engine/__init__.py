@@ -28,7 +28,7 @@ from sync_engine.errors import (
 )
 from sync_engine.item import ContentType, SyncItem
 from sync_engine.options import Ack, CacheTtl, ItemStatus, Receipt, SubmitOptions
-from sync_engine.report import EngineStats, Health, LaneStats, StopReport, TierHealth
+from sync_engine.report import EngineStats, Health, LaneStats, QuarantinedOp, StopReport, TierHealth
 
 __all__ = [
     "Ack",
@@ -50,6 +50,7 @@ __all__ = [
     "NotJson",
     "NotRunning",
     "PayloadTooLarge",
+    "QuarantinedOp",
     "Receipt",
     "SearchError",
     "SearchUnavailable",

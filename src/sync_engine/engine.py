@@ -20,12 +20,13 @@ from types import TracebackType
 from sync_engine.admission import Admission
 from sync_engine.clock import SystemClock
 from sync_engine.config import SyncEngineConfig
-from sync_engine.errors import NotRunning, TierUnavailable
+from sync_engine.errors import InvalidItem, NotRunning, TierUnavailable
 from sync_engine.item import Op, SyncItem, check_id, check_state
 from sync_engine.options import Ack, ItemStatus, Receipt, SubmitOptions
 from sync_engine.parts import Parts, build
 from sync_engine.ports import Clock, Tier
-from sync_engine.report import EngineStats, Health, StopReport
+from sync_engine.report import EngineStats, Health, QuarantinedOp, StopReport
+from sync_engine.write.quarantine import Quarantined
 
 __all__ = ["SyncEngine"]
 
@@ -247,6 +248,29 @@ class SyncEngine:
         """Figures of this moment; no I/O."""
         return self._on().stats()
 
+    async def quarantine(self) -> list[QuarantinedOp]:
+        """Every operation that a tier refused, in stamp order, each with its tier and reason, none with its content."""
+        return [
+            QuarantinedOp(
+                each.op.object_id, each.op.kind, each.tier, each.reason, each.op.stamp, each.op.size, each.since_ms
+            )
+            for each in self._on().quarantine.all()
+        ]
+
+    async def retry_quarantined(self, ids: Iterable[str] | None = None) -> int:
+        """Send refused operations again (None: all), in stamp order; how many. ``flush`` waits for the outcome.
+
+        They keep their stamps: what is newer stays, and one that has been overtaken only leaves the quarantine.
+        One that is refused again stays in it.
+        """
+        refusals = self._on().refusals
+        return await refusals.retry(self._chosen(ids))
+
+    async def drop_quarantined(self, ids: Iterable[str]) -> int:
+        """Give refused operations up for good; how many. Reads are then answered with what the tiers hold."""
+        refusals = self._on().refusals
+        return await refusals.drop(self._chosen(ids))
+
     def __repr__(self) -> str:
         return f"<SyncEngine running | {self._running!r}>" if self._running else f"<SyncEngine: {self._why_not}>"
 
@@ -258,6 +282,15 @@ class SyncEngine:
             for entry in await writes.write(drafts[start : start + size], ack):
                 receipts.append(Receipt(entry.op.object_id, entry.op.stamp, ack, partial(writes.settled, [entry])))
         return receipts
+
+    def _chosen(self, ids: Iterable[str] | None) -> list[Quarantined]:
+        if isinstance(ids, str):
+            raise InvalidItem("ids", "a str", "must be several ids")
+        refused = self._on().quarantine.all()
+        if ids is None:
+            return list(refused)
+        wanted = {check_id(object_id) for object_id in ids}
+        return [each for each in refused if each.op.object_id in wanted]
 
     def _on(self) -> Parts:
         if self._running is None:

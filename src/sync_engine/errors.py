@@ -106,7 +106,7 @@ class TierUnavailable(SyncEngineError):
     """A tier could not be asked.
 
     For a read: the answer is unknown, which is not the same as absent. For a write: the outcome
-    is unknown, which is not the same as failed. ``tier`` is ``"l2"``, ``"l3"`` or ``"log"``.
+    is unknown, which is not the same as failed. ``tier`` is ``"l2"``, ``"l3"``, ``"log"`` or ``"quarantine"``.
     """
 
     retryable = True

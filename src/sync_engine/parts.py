@@ -28,6 +28,7 @@ from sync_engine.storage.memory import L1Cache
 from sync_engine.storage.redis import ChangeStream, RedisStore
 from sync_engine.storage.sql import SqlStore
 from sync_engine.trust import Trust, Trusted
+from sync_engine.write.again import Refusals
 from sync_engine.write.batcher import Batcher
 from sync_engine.write.flush import Lane
 from sync_engine.write.path import WritePath
@@ -47,6 +48,9 @@ STREAM_MAY_GO = (
 
 REDIS_PATIENCE_S = 2.0
 """How long a read waits for Redis where SQL can answer; after five such waits the breaker spares the next ones."""
+
+REFUSALS_AT_ONCE = 200
+"""Refused operations that are sent again with one append to the log: whole items, of whatever size."""
 
 HEALED_WITHIN_S = 2.0
 """How long a start waits for a Redis that may have lost something; what is left is made up for beside the work."""
@@ -91,6 +95,7 @@ class Parts:
         self._recovered = recovered
         self._failed = failed
         self._opened = opened
+        self.refusals = Refusals(quarantine, pending, writes, l3, cast(Cache | None, l2), most=REFUSALS_AT_ONCE)
         self._lanes = [lane for lane in (writes.truth, writes.cache) if lane is not None]
         self._supervisor = asyncio.get_running_loop().create_task(self._supervise(), name="sync-engine lanes")
 
@@ -287,7 +292,7 @@ async def build(
                 async with asyncio.timeout(HEALED_WITHIN_S):
                     await healing.heal()
 
-        quarantine = Quarantine(config.data_dir / "quarantine")
+        quarantine = Quarantine(config.data_dir / "quarantine", clock)
         await quarantine.open()
         l1 = L1Cache(config.l1_max_bytes, clock=clock, rng=random.Random())  # noqa: S311  # evicts, keeps no secret
         gate = Gate(

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from sync_engine.item import OpKind
 from sync_engine.resilience import Phase
 from sync_engine.storage.memory import L1Stats
 
-__all__ = ["EngineStats", "Health", "LaneStats", "StopReport", "TierHealth"]
+__all__ = ["EngineStats", "Health", "LaneStats", "QuarantinedOp", "StopReport", "TierHealth"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +22,23 @@ class StopReport:
 
     left_in_log: int
     lost: int
+
+
+@dataclass(frozen=True, slots=True)
+class QuarantinedOp:
+    """One refused operation, without its content.
+
+    ``tier`` refused it for ``reason``. ``stamp`` is the moment it was accepted, ``size`` what it counts in every byte
+    bound, ``since_ms`` when it was refused first (epoch ms).
+    """
+
+    object_id: str
+    kind: OpKind
+    tier: str
+    reason: str
+    stamp: int
+    size: int
+    since_ms: int
 
 
 @dataclass(frozen=True, slots=True)

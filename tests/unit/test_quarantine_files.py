@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from sync_engine.item import Op, SyncItem
+from sync_engine.testing.clock import VirtualClock
 from sync_engine.write.quarantine import Quarantine
 
 
@@ -14,7 +15,7 @@ def put(object_id: str, stamp: int) -> Op:
 
 
 async def reopened(folder: Path) -> Quarantine:
-    quarantine = Quarantine(folder)
+    quarantine = Quarantine(folder, VirtualClock())
     await quarantine.open()
     return quarantine
 

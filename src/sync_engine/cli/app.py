@@ -15,6 +15,7 @@ from pydantic import SecretStr
 
 from sync_engine.cli.command import Call, Exit, Running, command
 from sync_engine.cli.demo import demo
+from sync_engine.cli.quarantine import quarantine_app
 from sync_engine.cli.render import fact_sheet, full, one_line, table
 from sync_engine.errors import InvalidItem
 from sync_engine.item import ContentType, SyncItem
@@ -36,6 +37,7 @@ app = typer.Typer(
 )
 config_app = typer.Typer(help="Settings.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(config_app, name="config")
+app.add_typer(quarantine_app, name="quarantine")
 
 # Usage errors of typer's own click, whose module has moved between versions; its public subclass stays.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[2]

@@ -185,7 +185,7 @@ def _run(work: Coroutine[Any, Any, Exit], debug: bool) -> Exit:
         # Whoever read our output has enough (`sync-engine scan x | head`); Python's own flush at exit must not fail.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return Exit.OK
-    except typer.BadParameter:
+    except (typer.BadParameter, typer.Abort):
         raise
     except (Exception, KeyboardInterrupt, asyncio.CancelledError) as error:  # noqa: BLE001  # the edge: told below
         fail(error, debug=debug, ours=exit_code(error) is Exit.BUG)

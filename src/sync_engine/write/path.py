@@ -11,7 +11,7 @@ import copy
 import logging
 from collections import deque
 from collections.abc import Awaitable, Sequence
-from typing import Protocol
+from typing import Protocol, cast
 
 from msgspec.structs import force_setattr, replace
 
@@ -19,11 +19,11 @@ from sync_engine.clock import Stamps
 from sync_engine.errors import NotRunning, StoreError, SyncEngineError, VersionConflict
 from sync_engine.item import Op, SyncItem
 from sync_engine.options import Ack
-from sync_engine.ports import Applied, Journal, Logged
+from sync_engine.ports import Applied, Cache, Journal, Logged
 from sync_engine.pressure import Gate
 from sync_engine.write.flush import Lane, Plan
 from sync_engine.write.pending import Entry, PendingIndex
-from sync_engine.write.quarantine import Quarantine
+from sync_engine.write.quarantine import Quarantine, withdraw
 
 __all__ = ["WritePath"]
 
@@ -78,7 +78,7 @@ class WritePath:
         self._doubtful: set[str] = set()  # ids of refused writes that the log may hold all the same
 
     async def write(self, drafts: Sequence[Op], ack: Ack) -> list[Entry]:
-        """Accept drafts (stamp 0) that all go to the same tiers; return once ``ack`` is reached.
+        """Accept drafts that all go to the same tiers; return once ``ack`` is reached. They get their stamps here.
 
         Raises ``Backpressure`` at a bound, ``TierUnavailable("log")`` when the log cannot be written,
         and with ``Ack.STORED`` whatever refused an operation. Before ``STORED`` nothing is half done:
@@ -133,6 +133,11 @@ class WritePath:
             finally:
                 if not entry.waiters:
                     self._awaited.discard(entry)
+
+    def gave_up(self, op: Op) -> None:
+        """A refused operation is given up: what readers have been shown of it is forgotten."""
+        self._seen.touch(op.object_id)
+        self._seen.outdone(op.object_id, op.stamp)
 
     def unseen(self) -> set[str]:
         """Ids of writes that no read shows and that may yet happen: the log, or the truth, has still to answer.
@@ -282,10 +287,16 @@ class WritePath:
         self._conditional.discard(entry)
         if isinstance(refusal, VersionConflict):  # a lost compare-and-set is an answer, not a fault
             entry.outdone = True  # and what L1 has is not what won it
+            await self._on_file(entry, self._quarantine.forget(entry.op.object_id, entry.op.stamp))
         else:
             await self._on_file(entry, self._quarantine.keep(entry.effective(), lane.tier.name, str(refusal)))
+            if lane is self.cache and entry.op.sql:
+                try:
+                    await withdraw(cast(Cache, lane.tier), entry.op)
+                except SyncEngineError as failed:
+                    log.warning("an older copy of %r may stand in %s: %s", entry.op.object_id, lane.tier.name, failed)
 
-    async def _on_file(self, entry: Entry, change: Awaitable[None]) -> None:
+    async def _on_file(self, entry: Entry, change: Awaitable[object]) -> None:
         try:
             await change
         except OSError as failed:
@@ -365,6 +376,8 @@ class WritePath:
         )
 
     def _stamped(self, draft: Op) -> Op:
+        if draft.stamp:
+            return draft  # refused before, and sent again as what it was: it must not look newer
         stamp = self._stamps.next()
         # A draft is ours alone. The item is the caller's: a copy of it gets the engine's notes, and no second check.
         force_setattr(draft, "stamp", stamp)

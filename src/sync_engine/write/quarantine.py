@@ -1,34 +1,39 @@
 """Operations that a tier refused: kept on disk with the reason, out of the way of everything else.
 
-One file per operation, named by its stamp, written whole and synced before the log may forget it. Of several
-refused operations on one id the newest counts, as everywhere.
+One file per operation, named by its stamp and its id, written whole and synced before the log may forget it. Of
+several refused operations on one id the newest counts, as everywhere.
 """
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 
+from sync_engine.clock import COUNTER_BITS
 from sync_engine.item import Op, SyncItem
 from sync_engine.log_record import BadRecord, decode_op, encode_op
+from sync_engine.ports import Cache, Clock
 
-__all__ = ["Quarantine", "Quarantined"]
+__all__ = ["Quarantine", "Quarantined", "withdraw"]
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Quarantined:
-    """One refused operation, which tier refused it, and why."""
+    """One refused operation, which tier refused it, why, and since when (epoch ms)."""
 
     op: Op
     tier: str
     reason: str
+    since_ms: int
 
     @property
     def nowhere_else(self) -> bool:
@@ -42,8 +47,9 @@ class Quarantined:
 class Quarantine:
     """The refused operations of one engine, newest per id."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, clock: Clock) -> None:
         self._folder = folder
+        self._clock = clock
         self._held: dict[str, Quarantined] = {}
         self._turn = asyncio.Lock()  # two lanes, and each change is a step in memory and a step on disk
 
@@ -61,23 +67,43 @@ class Quarantine:
             older = self._held.get(op.object_id)
             if older is not None and older.op.stamp > op.stamp:
                 return  # refused late by another tier: the newer one is what readers are answered with
-            self._held[op.object_id] = refused = Quarantined(op, tier, reason)
+            again = older is not None and older.op.stamp == op.stamp
+            since_ms = older.since_ms if older is not None and again else self._clock.now_ms()
+            self._held[op.object_id] = refused = Quarantined(op, tier, reason, since_ms)
             # Writing is finished even if the engine is being stopped: the log forgets the record next.
             await asyncio.shield(asyncio.ensure_future(asyncio.to_thread(self._write, refused)))
             if older is not None and older.op.stamp < op.stamp:
                 await asyncio.to_thread(self._remove, older)
 
     async def overtaken(self, object_id: str, stamp: int) -> None:
-        """A newer operation on this id is stored: the refused one has no effect any more."""
+        """An operation of this stamp is stored: one refused before it has no effect any more.
+
+        Of the very stamp it is the refused one itself, which was sent again.
+        """
         async with self._turn:
             held = self._held.get(object_id)
-            if held is not None and held.op.stamp < stamp:
+            if held is not None and held.op.stamp <= stamp:
                 del self._held[object_id]
                 await asyncio.to_thread(self._remove, held)
+
+    async def forget(self, object_id: str, stamp: int) -> Quarantined | None:
+        """Give up this very operation, and answer with it; None where it is not here. Raises ``OSError``."""
+        async with self._turn:
+            held = self._held.get(object_id)
+            if held is None or held.op.stamp != stamp:
+                return None
+            # The file first: while it is there, the next start would answer with it.
+            await asyncio.shield(asyncio.ensure_future(asyncio.to_thread(self._remove, held)))
+            del self._held[object_id]
+            return held
 
     def get(self, object_id: str) -> Quarantined | None:
         """The refused operation on this id, if any."""
         return self._held.get(object_id)
+
+    def all(self) -> Sequence[Quarantined]:
+        """Every refused operation, in stamp order."""
+        return sorted(self._held.values(), key=lambda held: (held.op.stamp, held.op.object_id))
 
     def item(self, object_id: str) -> SyncItem | None:
         """The refused item, which this engine has acknowledged and therefore still answers with."""
@@ -90,13 +116,14 @@ class Quarantine:
     def __repr__(self) -> str:
         return f"<Quarantine {len(self._held)} operations>"
 
-    def _path(self, stamp: int) -> Path:
-        return self._folder / f"{stamp:020d}.op"
+    def _path(self, op: Op) -> Path:
+        # The deletes of one bulk delete share their stamp. An id may hold what a file system does not take.
+        return self._folder / f"{op.stamp:020d}-{hashlib.sha256(op.object_id.encode()).hexdigest()[:16]}.op"
 
     def _write(self, refused: Quarantined) -> None:
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        text = msgspec.msgpack.encode((refused.tier, refused.reason, encode_op(refused.op)))
-        path = self._path(refused.op.stamp)
+        text = msgspec.msgpack.encode(_File(refused.tier, refused.reason, encode_op(refused.op), refused.since_ms))
+        path = self._path(refused.op)
         draft = path.with_suffix(".new")
         with draft.open("wb") as file:
             file.write(text)
@@ -106,7 +133,7 @@ class Quarantine:
         self._sync_folder()
 
     def _remove(self, refused: Quarantined) -> None:
-        self._path(refused.op.stamp).unlink(missing_ok=True)
+        self._path(refused.op).unlink(missing_ok=True)
         # A file that a power failure brought back would answer reads with an old item.
         self._sync_folder()
 
@@ -121,12 +148,37 @@ class Quarantine:
         newest: dict[str, Quarantined] = {}
         for path in sorted(self._folder.glob("*.op")):  # by stamp ascending
             try:
-                tier, reason, record = msgspec.msgpack.decode(path.read_bytes(), type=tuple[str, str, bytes])
-                op = decode_op(record)
+                told = _decode_file(path.read_bytes())
+                op = decode_op(told.record)
             except (msgspec.DecodeError, BadRecord) as damaged:
                 log.error("%s cannot be read: %s", path, damaged)  # noqa: TRY400 - the place in the decoder says nothing
                 continue
+            if path != self._path(op):
+                path.replace(self._path(op))  # named by its stamp alone, as it was at first
             if (older := newest.get(op.object_id)) is not None:
                 self._remove(older)  # a crash came between the newer file and this removal
-            newest[op.object_id] = Quarantined(op, tier, reason)
+            since_ms = told.since_ms or op.stamp >> COUNTER_BITS
+            newest[op.object_id] = Quarantined(op, told.tier, told.reason, since_ms)
         return newest
+
+
+async def withdraw(cache: Cache, op: Op) -> None:
+    """Take out the older copy of what a cache refused: the truth holds the newer one, and others read the cache first.
+
+    Raises ``SyncEngineError`` where the cache cannot be asked.
+    """
+    held = (await cache.held_stamps([op.object_id])).get(op.object_id)
+    if held is not None and held < op.stamp:
+        await cache.evict([(op.object_id, held)])
+
+
+class _File(msgspec.Struct, array_like=True):
+    """What a file holds; the moment is missing in the oldest ones."""
+
+    tier: str
+    reason: str
+    record: bytes
+    since_ms: int = 0
+
+
+_decode_file = msgspec.msgpack.Decoder(_File).decode
