@@ -27,6 +27,7 @@ from sync_engine.parts import Parts, build
 from sync_engine.ports import Clock, Tier
 from sync_engine.report import EngineStats, Health, QuarantinedOp, StopReport
 from sync_engine.write.quarantine import Quarantined
+from sync_engine.write.sweep import check_prefix, sweep
 
 __all__ = ["SyncEngine"]
 
@@ -133,10 +134,30 @@ class SyncEngine:
         await self._write(drafts, self._admission.ack(ack))
         return len(drafts)
 
+    async def delete_by_state(self, state: str) -> int:
+        """Delete every item that SQL holds in the state, from every tier; how many were deleted.
+
+        What has left the state when its turn comes is spared, and so is whatever is written after the call began. If it
+        raises or is cancelled (``Backpressure``, ``TierUnavailable``), call it again: it goes on with what is left.
+        """
+        check_state(state)
+        parts = self._on()
+        return await sweep(parts.writes, parts.l3, parts.current_truth, state=state, most=self._page)
+
+    async def delete_prefix(self, prefix: str, *, allow_all: bool = False) -> int:
+        """Delete every item that SQL holds whose id begins with ``prefix``, from every tier; how many were deleted.
+
+        The empty prefix is every item, and needs ``allow_all=True``. Otherwise as ``delete_by_state``.
+        """
+        check_prefix(prefix, allow_all=allow_all)
+        parts = self._on()
+        return await sweep(parts.writes, parts.l3, parts.current_truth, prefix=prefix, most=self._page)
+
     async def set_state(self, object_id: str, state: str, *, ack: Ack | None = None) -> bool:
         """Move one item to another state, in every tier; False if it does not exist."""
         check_state(state)
         parts = self._on()
+        await parts.writes.swept({object_id})
         unseen = parts.writes.unseen()
         known = await parts.reader.known([object_id])
         if known[object_id] is False and object_id not in unseen:
@@ -276,12 +297,16 @@ class SyncEngine:
 
     async def _write(self, drafts: Sequence[Op], ack: Ack) -> list[Receipt]:
         receipts = []
-        size = min(PAGE, self.config.wal_max_items)
+        size = self._page
         for start in range(0, len(drafts), size):
             writes = self._on().writes
             for entry in await writes.write(drafts[start : start + size], ack):
                 receipts.append(Receipt(entry.op.object_id, entry.op.stamp, ack, partial(writes.settled, [entry])))
         return receipts
+
+    @property
+    def _page(self) -> int:
+        return min(PAGE, self.config.wal_max_items)
 
     def _chosen(self, ids: Iterable[str] | None) -> list[Quarantined]:
         if isinstance(ids, str):

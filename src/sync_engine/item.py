@@ -226,7 +226,8 @@ class Op(msgspec.Struct, frozen=True, kw_only=True, eq=False, gc=False):
     (and, on its way from the truth to Redis, the whole item as it is now).
     ``redis`` and ``sql`` say which tiers keep the item; a tier that does not keep it loses any older
     copy. ``redis_expires_at`` (epoch ms) bounds the Redis copy. ``if_version`` makes a put conditional
-    on the truth holding that version (0: no such item).
+    on the truth holding that version (0: no such item). ``only_in_state`` makes a delete conditional on the truth
+    holding the item, no newer than the operation, in that state ("": in any).
     """
 
     kind: OpKind
@@ -238,6 +239,7 @@ class Op(msgspec.Struct, frozen=True, kw_only=True, eq=False, gc=False):
     sql: bool = True
     redis_expires_at: int | None = None
     if_version: int | None = None
+    only_in_state: str | None = None
     # A fill copies what L3 holds into L2: it never passes a copy or a tombstone of its own stamp or later.
     fill: bool = False
 

@@ -49,7 +49,7 @@ _SPREAD = 0x9E3779B1
 _KINDS: tuple[OpKind, ...] = ("put", "delete", "restate")
 _KIND_CODES = {kind: code for code, kind in enumerate(_KINDS)}
 _TYPES = (ContentType.JSON, ContentType.BINARY)
-_REDIS, _SQL, _FILL, _BINARY = 1, 2, 4, 8
+_REDIS, _SQL, _FILL, _BINARY, _ONLY_IN = 1, 2, 4, 8, 16
 _MAP_OF_ONE = 0x81  # a mark is a msgpack map, an operation a msgpack array: the first byte tells them apart
 
 _encode = msgspec.msgpack.Encoder().encode
@@ -143,11 +143,12 @@ _decode_settled = msgspec.msgpack.Decoder(dict[str, list[int]]).decode
 def encode_op(op: Op) -> bytes:
     """Payload of an operation. The item's stamp is the operation's and is kept once."""
     flags = (_REDIS if op.redis else 0) | (_SQL if op.sql else 0) | (_FILL if op.fill else 0)
+    state = op.state
+    if op.only_in_state is not None:
+        flags, state = flags | _ONLY_IN, op.only_in_state
     item = op.item
     if item is None:
-        return _encode(
-            (_KIND_CODES[op.kind], op.object_id, op.stamp, flags, op.state, op.redis_expires_at, op.if_version)
-        )
+        return _encode((_KIND_CODES[op.kind], op.object_id, op.stamp, flags, state, op.redis_expires_at, op.if_version))
     if item.content_type is ContentType.BINARY:
         flags |= _BINARY
     return _encode(
@@ -156,7 +157,7 @@ def encode_op(op: Op) -> bytes:
             op.object_id,
             op.stamp,
             flags,
-            op.state,
+            state,
             op.redis_expires_at,
             op.if_version,
             item.content,
@@ -180,12 +181,14 @@ def decode_op(payload: bytes | memoryview) -> Op:
     """The operation of a payload. Raises ``BadRecord``."""
     try:
         entry = _decode_entry(payload)
+        conditional = bool(entry.flags & _ONLY_IN)
         return Op(
             kind=_KINDS[entry.kind],
             object_id=entry.object_id,
             stamp=entry.stamp,
             item=None if entry.content is None else _item(entry, entry.content),
-            state=entry.state,
+            state=entry.state if not conditional else None,
+            only_in_state=entry.state if conditional else None,
             redis=bool(entry.flags & _REDIS),
             sql=bool(entry.flags & _SQL),
             redis_expires_at=entry.redis_expires_at,

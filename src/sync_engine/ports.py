@@ -56,13 +56,14 @@ class Applied:
     An id that is named nowhere was applied. ``superseded``: the tier already held a newer stamp (or a
     tombstone of one) and kept it. ``refused``: the tier will not take this operation as it is; the
     rest went through. ``restated``: the whole items after their state changed. ``existed``: ids of
-    deletes that removed something.
+    deletes that removed something. ``spared``: ids of conditional deletes that did not apply.
     """
 
     superseded: frozenset[str] = frozenset()
     refused: Mapping[str, SyncEngineError] = field(default_factory=dict)
     restated: Mapping[str, SyncItem] = field(default_factory=dict)
     existed: frozenset[str] = frozenset()
+    spared: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,6 +183,10 @@ class Scans(Protocol):
 
     async def scan_prefix(self, prefix: str, limit: int = ..., *, after: str | None = ...) -> list[SyncItem]:
         """Items whose id starts with the prefix, ascending, those greater than ``after``."""
+        ...
+
+    async def list_prefix_ids(self, prefix: str, limit: int = ..., *, after: str | None = ...) -> list[str]:
+        """Ids that start with the prefix, ascending, those greater than ``after``."""
         ...
 
     async def get_by_state(self, state: str, limit: int = ..., *, after: str | None = ...) -> list[SyncItem]:

@@ -230,6 +230,9 @@ class Forwarding:
     async def scan_prefix(self, prefix: str, limit: int = 1000, *, after: str | None = None) -> list[SyncItem]:
         return await self._through(self._truth.scan_prefix, prefix, limit, after=after)
 
+    async def list_prefix_ids(self, prefix: str, limit: int = 1000, *, after: str | None = None) -> list[str]:
+        return await self._through(self._truth.list_prefix_ids, prefix, limit, after=after)
+
     async def get_by_state(self, state: str, limit: int = 1000, *, after: str | None = None) -> list[SyncItem]:
         return await self._through(self._truth.get_by_state, state, limit, after=after)
 

@@ -36,7 +36,8 @@ in Redis, which decides about the others."""
 NOTE_EVERY_MS: Final = 60_000
 
 READS: Final = frozenset(
-    {"fetch", "exists_batch", "list_state_ids", "count_by_state", "scan_prefix", "get_by_state", "count_prefix"}
+    {"fetch", "exists_batch", "list_state_ids", "count_by_state", "scan_prefix", "get_by_state", "list_prefix_ids"}
+    | {"count_prefix"}
 )
 
 

@@ -85,6 +85,20 @@ def test_a_deleted_item_is_gone(run: Run, here: tuple[str, str]) -> None:
     assert run("status", "a", *here).code == 1
 
 
+def test_many_are_deleted_by_the_beginning_of_their_id_or_by_their_state(run: Run, here: tuple[str, str]) -> None:
+    for name, state in (("u.1", "s"), ("u.2", "t"), ("v.1", "s"), ("w.1", "t")):
+        run("put", name, "--json-value", "[]", "--state", state, *here)
+    assert run("delete", "--under", "u.", *here).code == 2, "it has to be said"
+    assert run("delete", "--under", "u.", "--yes", "--json", *here).json == {"deleted": 2}
+    assert run("delete", "--in-state", "s", "--yes", *here).out == b"1 deleted\n"
+    assert run("delete", "--under", "u.", "--yes", *here).code == 0
+    for words in (("--under", ""), ("--in-state", "")):
+        assert run("delete", *words, "--yes", *here).code == 3, "an empty variable of a script is not everything"
+    for words in ((), ("w.1", "--under", "w"), ("--under", "w", "--in-state", "t")):
+        assert run("delete", *words, "--yes", *here).code == 2
+    assert run("scan", "", "--json", *here).json["total"] == 1
+
+
 def test_what_does_not_exist_leaves_stdout_empty_or_says_so_in_json(run: Run, here: tuple[str, str]) -> None:
     got = run("get", "a", *here)
     assert (got.code, got.out, got.err) == (1, b"", "sync-engine: a: no such item\n")

@@ -115,7 +115,7 @@ def test_at_a_terminal_a_drop_asks(run: Run, here: tuple[str, str], monkeypatch:
             return answer
 
         monkeypatch.setattr("typer.confirm", confirm)
-        monkeypatch.setattr("sync_engine.cli.quarantine._at_a_terminal", lambda: True)
+        monkeypatch.setattr("sync_engine.cli.command.at_a_terminal", lambda: True)
         assert run("quarantine", "drop", "a", *here).code == code
 
 

@@ -13,7 +13,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from pydantic import SecretStr
 
-from sync_engine.cli.command import Call, Exit, Running, command
+from sync_engine.cli.command import Call, Exit, Running, command, sure
 from sync_engine.cli.demo import demo
 from sync_engine.cli.quarantine import quarantine_app
 from sync_engine.cli.render import fact_sheet, full, one_line, table
@@ -126,8 +126,25 @@ async def get(call: Call, object_id: ObjectId) -> Exit:
 
 
 @command(app, "delete")
-async def delete(call: Call, object_id: ObjectId) -> Exit:
-    """Delete one item from every tier."""
+async def delete(
+    call: Call,
+    object_id: Annotated[str | None, typer.Argument(metavar="ID", show_default=False)] = None,
+    under: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="Every item whose id begins with it.", show_default=False)
+    ] = None,
+    in_state: Annotated[str | None, typer.Option(metavar="STATE", help="Every item in it.", show_default=False)] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+) -> Exit:
+    """Delete one item, or many, from every tier."""
+    if [object_id, under, in_state].count(None) != 2:
+        raise typer.BadParameter("give one of ID, --under and --in-state")
+    if object_id is None:
+        which = f"in state {in_state!r}" if under is None else f"whose id begins with {under!r}"
+        sure(yes, f"Delete every item {which}?")
+        async with Running(call.config()) as engine:
+            count = await (engine.delete_by_state(in_state or "") if under is None else engine.delete_prefix(under))
+        call.out.show({"deleted": count}, f"{count:,} deleted")
+        return Exit.OK
     async with Running(call.config()) as engine:
         deleted = await engine.delete(object_id)
     if not deleted:

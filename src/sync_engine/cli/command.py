@@ -23,7 +23,7 @@ from sync_engine.config import SyncEngineConfig
 from sync_engine.engine import SyncEngine
 from sync_engine.errors import ConfigError, Corruption, InvalidItem, NotJson, SyncEngineError, VersionConflict
 
-__all__ = ["Call", "Exit", "Running", "command", "exit_code", "quiet_log"]
+__all__ = ["Call", "Exit", "Running", "command", "exit_code", "quiet_log", "sure"]
 
 STOP_TIMEOUT_S = 2.0
 """How long a command that ends waits for tiers that do not answer; what they did not take stays in the log."""
@@ -149,6 +149,20 @@ def command(app: typer.Typer, name: str, **more: Any) -> Callable[[Callable[...,
         app.command(name, **more)(run)
 
     return register
+
+
+def sure(yes: bool, question: str) -> None:
+    """Ask at a terminal unless it was said; elsewhere it has to be said."""
+    if yes:
+        return
+    if not at_a_terminal():
+        raise typer.BadParameter("this cannot be undone: say --yes")
+    typer.confirm(one_line(question), abort=True, err=True)
+
+
+def at_a_terminal() -> bool:
+    """Whether somebody can answer a question."""
+    return sys.stdin.isatty()
 
 
 def quiet_log(debug: bool) -> None:

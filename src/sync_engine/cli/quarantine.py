@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sync_engine.cli.command import Call, Exit, Running, command
+from sync_engine.cli.command import Call, Exit, Running, command, sure
 from sync_engine.cli.render import one_line, table
 from sync_engine.item import check_id
 from sync_engine.report import QuarantinedOp
@@ -76,20 +76,13 @@ async def drop(
     """Give refused operations up for good. Reads are then answered with what the tiers hold."""
     for object_id in ids:
         check_id(object_id)
-    if not yes:
-        if not _at_a_terminal():
-            raise typer.BadParameter("what is dropped is lost: say --yes")
-        typer.confirm(f"Drop {len(set(ids)):,} refused operations for good?", abort=True, err=True)
+    sure(yes, f"Drop {len(set(ids)):,} refused operations for good?")
     async with Running(call.config()) as engine:
         if missing := _missing(ids, {each.object_id for each in await engine.quarantine()}):
             return _nothing(call, missing)
         dropped = await engine.drop_quarantined(ids)
     call.out.show({"dropped": dropped}, f"{dropped:,} dropped")
     return Exit.OK
-
-
-def _at_a_terminal() -> bool:
-    return sys.stdin.isatty()
 
 
 def _told(refused: QuarantinedOp) -> dict[str, Any]:

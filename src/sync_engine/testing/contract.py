@@ -19,6 +19,7 @@ import time
 from collections.abc import Awaitable, Callable
 
 import pytest
+from msgspec.structs import replace
 
 from sync_engine.errors import InvalidId, VersionConflict
 from sync_engine.item import ContentType, Op, SyncItem
@@ -485,6 +486,39 @@ class TruthContract(TierContract):
         answers = await asyncio.gather(*(tier.apply([when(put("a", b"x", n, version=2), 1)]) for n in range(2, 10)))
         assert sum("a" not in answer.refused for answer in answers) == 1
 
+    async def test_R7_a_conditional_delete_takes_only_what_is_in_its_state_and_no_newer(self, tier: Truth) -> None:
+        await tier.apply([put("a", stamp=1, state="s"), put("b", stamp=1, state="t"), put("c", stamp=9, state="s")])
+        await tier.apply([put("d", stamp=0, state="s"), put("e", stamp=1, state="s"), put("g", stamp=1, state="s")])
+        await tier.apply([delete("g", 7), put("h", stamp=1, state="s")])
+        sweep = [replace(delete(id_, 5), only_in_state="s") for id_ in "abcdfgh"]
+        for _ in range(2):  # the answer to the first may have been lost
+            applied = await tier.apply(sweep)
+            assert applied.spared == {"b", "c", "f", "g"}
+            assert (applied.refused, applied.superseded) == ({}, frozenset())
+        assert await tier.list_prefix_ids("") == ["b", "c", "e"]
+        assert await tier.list_state_ids("s") == ["c", "e"]
+        await tier.apply([put("a", stamp=4), put("a", stamp=6, state="s")])
+        assert (await tier.apply(sweep)).spared == {"a", "b", "c", "f", "g"}, "what was written since is newer"
+
+    async def test_a_conditional_delete_may_be_of_any_state(self, tier: Truth) -> None:
+        await tier.apply([put("a", stamp=1, state="s"), put("b", stamp=9)])
+        applied = await tier.apply([replace(delete(id_, 5), only_in_state="") for id_ in "abc"])
+        assert (sorted(applied.spared), sorted(applied.existed)) == (["b", "c"], ["a"])
+        assert await tier.list_prefix_ids("") == ["b"]
+        await tier.apply([put("c", stamp=4)])
+        assert await tier.list_prefix_ids("c") == ["c"], "where there was nothing, nothing is left behind"
+
+    async def test_pages_of_ids_join_without_gap_or_repeat(self, tier: Truth) -> None:
+        ids = sorted(f"p{n}é\U0001f600"[: n % 4 + 1] + f".{n}" for n in range(25))
+        await tier.apply([put(id_) for id_ in [*ids, "o", "q"]])
+        seen: list[str] = []
+        after: str | None = None
+        while page := await tier.list_prefix_ids("p", 4, after=after):
+            seen += page
+            after = page[-1]
+        assert seen == ids
+        assert await tier.list_prefix_ids("p", 0) == []
+
     @pytest.mark.parametrize("prefix", HOSTILE_PREFIXES)
     async def test_Q12_a_prefix_is_plain_text(self, tier: Truth, prefix: str) -> None:
         inside = sorted(prefix + tail for tail in ("", "0", "%", "\\", "z", "\U0010ffff"))
@@ -493,6 +527,7 @@ class TruthContract(TierContract):
         await tier.apply([put(id_) for id_ in sorted({*inside, *outside})])
         assert [item.object_id for item in await tier.scan_prefix(prefix)] == inside
         assert await tier.count_prefix(prefix) == len(inside)
+        assert await tier.list_prefix_ids(prefix) == inside
 
     async def test_a_prefix_may_end_at_the_last_code_point_or_before_the_surrogates(self, tier: Truth) -> None:
         ids = ["a\ud7ff", "a\ud7ffx", "a\ue000", "a\U0010ffff", "a\U0010ffffx", "b"]

@@ -75,6 +75,7 @@ class MemoryTier:
         refused: dict[str, SyncEngineError] = {}
         restated: dict[str, SyncItem] = {}
         existed: set[str] = set()
+        spared: set[str] = set()
         for op in ops:
             id_ = op.object_id
             row = self._held(id_)
@@ -83,7 +84,9 @@ class MemoryTier:
                 refused[id_] = conflict
                 continue
             self._newest = max(self._newest, op.stamp)
-            if self._passed(op, row):
+            if op.only_in_state is not None and self._spares(op, row):
+                spared.add(id_)
+            elif self._passed(op, row):
                 superseded.add(id_)
             elif op.kind == "put":
                 self._put(op)
@@ -99,7 +102,7 @@ class MemoryTier:
             elif row is None and op.item is not None:
                 # What is older must stay out, and what a read brings of this very item may come.
                 self.tombstones[id_] = max(op.stamp - 1, self.tombstones.get(id_, 0))
-        return Applied(frozenset(superseded), refused, restated, frozenset(existed))
+        return Applied(frozenset(superseded), refused, restated, frozenset(existed), frozenset(spared))
 
     async def list_state_ids(self, state: str, limit: int = 1000, *, after: str | None = None) -> list[str]:
         return [item.object_id for item in await self.get_by_state(state, limit, after=after)]
@@ -113,6 +116,9 @@ class MemoryTier:
 
     async def get_by_state(self, state: str, limit: int = 1000, *, after: str | None = None) -> list[SyncItem]:
         return await self._page(lambda item: item.state == state, limit, after)
+
+    async def list_prefix_ids(self, prefix: str, limit: int = 1000, *, after: str | None = None) -> list[str]:
+        return [item.object_id for item in await self.scan_prefix(prefix, limit, after=after)]
 
     async def count_prefix(self, prefix: str, /) -> int:
         await asyncio.sleep(0)
@@ -218,6 +224,13 @@ class MemoryTier:
         if stamp == 0:
             return False
         return (row is not None and row.item.stamp > stamp) or tombstone > stamp
+
+    def _spares(self, op: Op, row: _Row | None) -> bool:
+        """Whether a conditional delete does not apply; one that was applied before is being repeated."""
+        buried = self.tombstones.get(op.object_id, 0)
+        if row is None:
+            return buried != op.stamp
+        return max(row.item.stamp, buried) > op.stamp or op.only_in_state not in ("", row.item.state)
 
     def _put(self, op: Op) -> None:
         if op.item is None:

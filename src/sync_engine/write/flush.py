@@ -160,6 +160,7 @@ class Lane:
             refused={**one.refused, **two.refused},
             restated={**one.restated, **two.restated},
             existed=one.existed | two.existed,
+            spared=one.spared | two.spared,
         )
 
     async def current(self) -> None:

@@ -10,7 +10,7 @@ import asyncio
 import copy
 import logging
 from collections import deque
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Sequence, Set
 from typing import Protocol, cast
 
 from msgspec.structs import force_setattr, replace
@@ -75,6 +75,7 @@ class WritePath:
         self._commits: deque[_Commit] = deque()  # those that are not answered
         self._behind: deque[tuple[int, Sequence[Entry]]] = deque()  # unlogged, shown, waiting for those commits
         self._conditional: set[Entry] = set()  # those that the truth has not decided
+        self._sweeps: set[Entry] = set()  # deletes of bulk deletes that the truth has not decided
         self._doubtful: set[str] = set()  # ids of refused writes that the log may hold all the same
 
     async def write(self, drafts: Sequence[Op], ack: Ack) -> list[Entry]:
@@ -89,11 +90,18 @@ class WritePath:
         if not self._gate.has_room(len(drafts), volatile_bytes):
             self.hurry()  # what gives room back must not itself wait for company
         await self._gate.enter(len(drafts), volatile_bytes)
+        if self._sweeps:
+            try:
+                await self.swept({op.object_id for op in drafts if op.kind == "restate"})
+            except BaseException:
+                self._gate.leave(len(drafts), volatile_bytes)
+                raise
         if self._closed:
             self._gate.leave(len(drafts), volatile_bytes)
             raise NotRunning("the engine is being stopped")
         # Stamped after the gate and logged in the same step, so that stamp order is log order.
         entries = [Entry(self._stamped(op)) for op in drafts]
+        self._note_sweeps(entries)
         if volatile_bytes:
             for entry in entries:
                 entry.volatile_bytes = entry.size
@@ -133,6 +141,33 @@ class WritePath:
             finally:
                 if not entry.waiters:
                     self._awaited.discard(entry)
+
+    def moment(self, observed: int) -> int:
+        """A stamp newer than ``observed`` and than everything accepted so far, and older than all that follows."""
+        self._stamps.observe(observed)
+        return self._stamps.next()
+
+    async def sweep(self, ids: Sequence[str], stamp: int, only_in: str) -> int:
+        """Delete those of the items that the truth holds in that state ("": in any), no newer than ``stamp``.
+
+        Returns once the truth has decided: how many it deleted. Raises what ``write`` does, and ``TierUnavailable``
+        where the truth is in trouble; it decides all the same once it answers again.
+        """
+        assert self.truth is not None, "whoever sweeps has asked the truth for the ids"
+        drafts = [Op(kind="delete", object_id=each, stamp=stamp, only_in_state=only_in) for each in ids]
+        entries = await self.write(drafts, Ack.LOGGED)
+        await self.truth.current()
+        return sum(not entry.spared and entry.error is None for entry in entries)
+
+    async def swept(self, ids: Set[str]) -> None:
+        """Wait until the truth has decided about these ids in every bulk delete; raises if it is in trouble.
+
+        Were a change of state shown before that, it could be of an item that is being deleted from the state it had.
+        """
+        while any(entry.op.object_id in ids for entry in self._sweeps):
+            assert self.truth is not None, "it decides about bulk deletes"
+            await self.queued()
+            await self.truth.current()
 
     def gave_up(self, op: Op) -> None:
         """A refused operation is given up: what readers have been shown of it is forgotten."""
@@ -177,7 +212,9 @@ class WritePath:
         """Take in what the log of an earlier run still holds."""
         self._gate.readmit(len(records))
         for record in records:
-            self._accept([Entry(record.op, record)])
+            entry = Entry(record.op, record)
+            self._note_sweeps([entry])
+            self._accept([entry])
 
     def hurry(self) -> None:
         """Let nothing that is queued now wait for company."""
@@ -241,6 +278,12 @@ class WritePath:
                 continue
             if entry.conditional:
                 self._conditional.discard(entry)
+                self._sweeps.discard(entry)
+                if object_id in applied.spared:
+                    entry.spared = entry.outdone = True  # a copy in L1 may be of before it left its state
+                    await self._on_file(entry, self._quarantine.forget(object_id, entry.op.stamp))
+                    settled.append((entry, None))
+                    continue
                 self._make_visible(entry)  # it has happened: from here on reads must see it
             if decides and object_id in applied.superseded:
                 entry.outdone = True  # another engine's newer write stands
@@ -285,6 +328,7 @@ class WritePath:
 
     async def _refused(self, lane: Lane, entry: Entry, refusal: SyncEngineError) -> None:
         self._conditional.discard(entry)
+        self._sweeps.discard(entry)
         if isinstance(refusal, VersionConflict):  # a lost compare-and-set is an answer, not a fault
             entry.outdone = True  # and what L1 has is not what won it
             await self._on_file(entry, self._quarantine.forget(entry.op.object_id, entry.op.stamp))
@@ -329,6 +373,9 @@ class WritePath:
     def _accept(self, entries: Sequence[Entry]) -> None:
         self._show(entries)
         self._send(entries)
+
+    def _note_sweeps(self, entries: Sequence[Entry]) -> None:
+        self._sweeps.update(entry for entry in entries if entry.op.only_in_state is not None)
 
     def _show(self, entries: Sequence[Entry]) -> None:
         for entry in entries:
@@ -435,6 +482,7 @@ class _Commit:
             path._answer()
             return
         path._answer()
+        path._sweeps.difference_update(self.entries)
         path._gate.leave(len(self.entries), sum(entry.volatile_bytes for entry in self.entries))
         path._doubtful.update(entry.op.object_id for entry in self.entries if entry.op.kind != "delete")
         if not self.done.done():

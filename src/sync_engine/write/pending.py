@@ -30,6 +30,7 @@ class Entry(msgspec.Struct, eq=False):
     visible: bool = False  # whether the index knows it; a conditional one waits for the truth
     outdone: bool = False  # a tier held a newer write, of another engine
     barred: bool = False  # the truth held it: Redis may have lost it and its stamp, and must not get this one
+    spared: bool = False  # a conditional delete that did not apply
     settled: bool = False
     error: Exception | None = None
     base: Entry | None = None  # the put or delete that this restate follows, while that is pending too
@@ -42,7 +43,7 @@ class Entry(msgspec.Struct, eq=False):
     @property
     def conditional(self) -> bool:
         """Whether the truth has still to decide if this operation happens at all."""
-        return self.op.if_version is not None and self.hop == 0
+        return (self.op.if_version is not None or self.op.only_in_state is not None) and self.hop == 0
 
     @property
     def deletes(self) -> bool:

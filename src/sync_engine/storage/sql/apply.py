@@ -60,6 +60,7 @@ async def apply_ops(session: Session, words: Words, ops: Sequence[Op], now_ms: i
         refused=batch.refused,
         restated=batch.restated,
         existed=frozenset(batch.existed),
+        spared=frozenset(batch.spared),
     )
 
 
@@ -75,6 +76,7 @@ class _Batch:
         self.refused: dict[str, SyncEngineError] = {}
         self.restated: dict[str, SyncItem] = {}
         self.existed: set[str] = set()
+        self.spared: set[str] = set()
         self.deletes = 0
 
     async def apply(self, ops: Sequence[Op]) -> None:
@@ -90,6 +92,9 @@ class _Batch:
         puts, deletes, restates = [], [], []
         for op in ops:
             if op.if_version is not None and self._conflicts(op, held.get(op.object_id), buried.get(op.object_id, 0)):
+                continue
+            if op.only_in_state is not None and _is_spared(op, held.get(op.object_id), buried.get(op.object_id, 0)):
+                self.spared.add(op.object_id)
                 continue
             if 0 < op.stamp < buried.get(op.object_id, 0):
                 self.superseded.add(op.object_id)
@@ -230,6 +235,12 @@ def _statements(ops: Sequence[Op]) -> Iterator[Sequence[Op]]:
         size = 1 << min(ROWS_MAX, len(ops) - start).bit_length() - 1
         yield ops[start : start + size]
         start += size
+
+
+def _is_spared(op: Op, held: _Held | None, buried: int) -> bool:
+    if held is None:
+        return buried != op.stamp  # equal: it was applied before, and is being replayed
+    return max(held.stamp, buried) > op.stamp or op.only_in_state not in ("", held.state)
 
 
 def _is_newer(held: _Held | None, op: Op) -> bool:

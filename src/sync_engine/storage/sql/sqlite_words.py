@@ -155,6 +155,9 @@ _RANGES: Final = {
 RANGE: Final = "SELECT $columns FROM $items WHERE $range ORDER BY id LIMIT ?"
 """A page of the rows in a range of ids."""
 
+IDS_IN_RANGE: Final = "SELECT id FROM $items WHERE $range ORDER BY id LIMIT ?"
+"""A page of the ids in a range."""
+
 COUNT_RANGE: Final = "SELECT count(*) FROM $items WHERE $range"
 """How many rows are in a range of ids."""
 
@@ -172,6 +175,7 @@ class Words:
         self.changed = self._text(CHANGED)
         self.unstamped = self._text(UNSTAMPED)
         self.range = {shape: self._text(RANGE, range=bounds) for shape, bounds in _RANGES.items()}
+        self.ids_in_range = {shape: self._text(IDS_IN_RANGE, range=bounds) for shape, bounds in _RANGES.items()}
         self.count_range = {shape: self._text(COUNT_RANGE, range=bounds) for shape, bounds in _RANGES.items()}
         self.upsert = {size: self._text(UPSERT, rows=_many(ROW, size)) for size in _row_sizes()}
         self.bury = {size: self._text(BURY, rows=_many(BURY_ROW, size)) for size in _row_sizes()}

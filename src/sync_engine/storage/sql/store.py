@@ -128,6 +128,12 @@ class SqlStore:
         """
         return [item async for item in self._in_range(prefix, after, check_limit(limit))]
 
+    async def list_prefix_ids(self, prefix: str, limit: int = 1000, *, after: str | None = None) -> list[str]:
+        """Ids that start with the prefix, ascending by code point, those greater than ``after``."""
+        shape, bounds = range_of(check_text("prefix", prefix), check_text("after", after or ""))
+        rows = await self._reader().rows(self._words.ids_in_range[shape], (*bounds, check_limit(limit)))
+        return [id_ for (id_,) in rows]
+
     async def count_prefix(self, prefix: str, /) -> int:
         """How many ids start with the prefix; the empty prefix counts all."""
         shape, bounds = range_of(check_text("prefix", prefix), "")
