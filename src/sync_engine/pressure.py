@@ -21,7 +21,7 @@ class Gate:
     def __init__(self, *, ops_max: int, bytes_max: int, wait_ms: int) -> None:
         self._ops_max = ops_max
         self._bytes_max = bytes_max
-        self._wait_s = wait_ms / 1000
+        self.wait_s = wait_ms / 1000
         self._waiting: deque[tuple[int, int, asyncio.Future[None]]] = deque()
         self.ops = 0
         self.bytes = 0
@@ -39,7 +39,7 @@ class Gate:
         ticket = (ops, volatile_bytes, room)
         self._waiting.append(ticket)
         try:
-            async with asyncio.timeout(self._wait_s):
+            async with asyncio.timeout(self.wait_s):
                 await room
         except (TimeoutError, asyncio.CancelledError) as stopped:
             if room.done() and not room.cancelled():
@@ -52,7 +52,7 @@ class Gate:
                 raise
             raise Backpressure(
                 f"{self.ops} of {self._ops_max} operations and {self.bytes} of {self._bytes_max} unlogged bytes "
-                f"are not settled yet, and none were within {self._wait_s:g} s"
+                f"are not settled yet, and none were within {self.wait_s:g} s"
             ) from None
 
     def has_room(self, ops: int, volatile_bytes: int = 0) -> bool:

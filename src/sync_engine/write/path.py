@@ -16,7 +16,7 @@ from typing import Protocol, cast
 from msgspec.structs import force_setattr, replace
 
 from sync_engine.clock import Stamps
-from sync_engine.errors import NotRunning, StoreError, SyncEngineError, VersionConflict
+from sync_engine.errors import NotRunning, StoreError, SyncEngineError, TierUnavailable, VersionConflict
 from sync_engine.item import Op, SyncItem
 from sync_engine.options import Ack
 from sync_engine.ports import Applied, Cache, Journal, Logged
@@ -151,13 +151,26 @@ class WritePath:
         """Delete those of the items that the truth holds in that state ("": in any), no newer than ``stamp``.
 
         Returns once the truth has decided: how many it deleted. Raises what ``write`` does, and ``TierUnavailable``
-        where the truth is in trouble; it decides all the same once it answers again.
+        where the truth is in trouble for longer than a write waits for room; it decides all the same, later.
         """
         assert self.truth is not None, "whoever sweeps has asked the truth for the ids"
         drafts = [Op(kind="delete", object_id=each, stamp=stamp, only_in_state=only_in) for each in ids]
         entries = await self.write(drafts, Ack.LOGGED)
-        await self.truth.current()
+        await self._decided(self.truth)
         return sum(not entry.spared and entry.error is None for entry in entries)
+
+    async def _decided(self, truth: Lane) -> None:
+        """Wait for what the truth was given; a blip is waited out, for as long as a write waits for room."""
+        while True:
+            try:
+                return await truth.current()
+            except TierUnavailable:
+                try:
+                    async with asyncio.timeout(self._gate.wait_s):
+                        return await truth.batcher.drained()
+                except TimeoutError:
+                    if truth.trouble is not None:
+                        raise TierUnavailable(truth.tier.name, truth.trouble) from None
 
     async def swept(self, ids: Set[str]) -> None:
         """Wait until the truth has decided about these ids in every bulk delete; raises if it is in trouble.
