@@ -101,6 +101,11 @@ class SyncEngineConfig(BaseSettings):
     """Unsettled items kept in memory; beyond it their values are read back from the log when flushed."""
     backpressure_wait_ms: int = Field(1_000, ge=0, le=600_000)
     """How long a write waits at a bound before ``Backpressure``."""
+    backpressure_warn: float = Field(0.7, gt=0, lt=1)
+    """Share of ``wal_max_items`` or ``pending_max_bytes`` from which ``health`` warns; half-way to
+    ``backpressure_critical`` no batch waits for company any more."""
+    backpressure_critical: float = Field(0.9, gt=0, lt=1)
+    """Share from which writes are slowed; half-way to 1 those that no log holds wait."""
 
     def __init__(self, **values: Any) -> None:
         try:
@@ -153,6 +158,9 @@ class SyncEngineConfig(BaseSettings):
         if self.redis_eviction_target >= self.redis_eviction_start:
             told = f"redis_eviction_target = {self.redis_eviction_target}: must be less than redis_eviction_start"
             raise ValueError(f"{told} = {self.redis_eviction_start}")
+        if self.backpressure_warn >= self.backpressure_critical:
+            told = f"backpressure_warn = {self.backpressure_warn}: must be less than backpressure_critical"
+            raise ValueError(f"{told} = {self.backpressure_critical}")
         return self
 
     @property

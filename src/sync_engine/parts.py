@@ -20,7 +20,7 @@ from sync_engine.late import Late
 from sync_engine.log import WriteAheadLog
 from sync_engine.notes import Notes
 from sync_engine.ports import Cache, CacheFacts, Clock, States, Tier, Truth
-from sync_engine.pressure import Gate
+from sync_engine.pressure import Bands, Gate, Level
 from sync_engine.read import Reader
 from sync_engine.report import EngineStats, Health, LaneStats, StopReport, TierHealth
 from sync_engine.resilience import Breaker, Guarded, RetryPolicy
@@ -45,6 +45,13 @@ STREAM_MAY_GO = (
     "the maxmemory-policy of Redis is allkeys-*: at its limit it may drop the change stream, state sets and indexes; "
     "noeviction or volatile-* keeps them"
 )
+
+PRESSED: Mapping[Level, str] = {
+    "warn": "writes are not held up yet",
+    "hurry": "no batch waits for company any more",
+    "slow": "writes are slowed",
+    "refuse": "writes are slowed, and what no log holds waits",
+}
 
 REDIS_PATIENCE_S = 2.0
 """How long a read waits for Redis where SQL can answer; after five such waits the breaker spares the next ones."""
@@ -133,7 +140,10 @@ class Parts:
     def stats(self) -> EngineStats:
         """Figures of this moment."""
         journal = self.journal
+        pressure, level = self.writes.pressure
         return EngineStats(
+            pressure=pressure,
+            level=level,
             l1=self.l1.stats(),
             pending=len(self.pending),
             pending_bytes=self.pending.memory_bytes,
@@ -156,7 +166,7 @@ class Parts:
             facts, answers["l2"] = await _asked(cast(Cache, self.l2).facts())
         tiers = {lane.tier.name: self._tier_health(lane, answers[lane.tier.name], facts) for lane in self._lanes}
         ok = all(tier.answers and tier.trouble is None for tier in tiers.values())
-        return Health(ok, tiers, tuple(self._warnings(facts)))
+        return Health(ok, tiers, tuple(self._warnings(facts)), self.writes.pressure[1])
 
     def _tier_health(self, lane: Lane, silent: TierUnavailable | None, facts: CacheFacts | None) -> TierHealth:
         name = lane.tier.name
@@ -179,6 +189,9 @@ class Parts:
                 yield STREAM_MAY_GO
         if self._eviction is not None and self._eviction.stuck:
             yield "Redis is nearly full of items that it alone keeps: nothing may leave"
+        pressure, level = self.writes.pressure
+        if level != "normal":
+            yield f"{pressure:.0%} of what may be unsettled is: {PRESSED[level]}"
         if count := len(self.quarantine):
             yield f"{count} operations were refused by a tier and are in quarantine"
         if self.journal is not None:
@@ -296,7 +309,11 @@ async def build(
         await quarantine.open()
         l1 = L1Cache(config.l1_max_bytes, clock=clock, rng=random.Random())  # noqa: S311  # evicts, keeps no secret
         gate = Gate(
-            ops_max=config.wal_max_items, bytes_max=config.pending_max_bytes, wait_ms=config.backpressure_wait_ms
+            ops_max=config.wal_max_items,
+            bytes_max=config.pending_max_bytes,
+            wait_ms=config.backpressure_wait_ms,
+            bands=Bands(config.backpressure_warn, config.backpressure_critical),
+            sleep=clock.sleep,
         )
         writes = WritePath(stamps=stamps, gate=gate, journal=journal, pending=pending, quarantine=quarantine)
         reader = Reader(

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from sync_engine.item import OpKind
+from sync_engine.pressure import Level
 from sync_engine.resilience import Phase
 from sync_engine.storage.memory import L1Stats
 
@@ -61,6 +62,10 @@ class EngineStats:
     log_records: int
     log_bytes: int
     log_damage: tuple[str, ...]
+    pressure: float = 0.0
+    """How near its bounds is what is accepted and not settled; 1 at a bound."""
+    level: Level = "normal"
+    """What that means for writes: normal, warn, hurry, slow, refuse."""
     evicted: int = 0
     """Items that left Redis to make room there."""
     lanes: dict[str, LaneStats] = field(default_factory=dict)
@@ -85,8 +90,12 @@ class TierHealth:
 
 @dataclass(frozen=True, slots=True)
 class Health:
-    """``ok``: every tier answers, is read and takes its operations. ``warnings`` name what else deserves a look."""
+    """``ok``: every tier answers, is read and takes its operations. ``warnings`` name what else deserves a look.
+
+    ``level`` is that of ``EngineStats``: how near its bounds is what is accepted and not settled.
+    """
 
     ok: bool
     tiers: Mapping[str, TierHealth]
     warnings: tuple[str, ...] = ()
+    level: Level = "normal"

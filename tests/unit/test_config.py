@@ -37,6 +37,8 @@ NOT_NUMBERS = {
     "redis_eviction_enabled",
     "redis_eviction_start",  # bounds that are no values themselves: tested below
     "redis_eviction_target",
+    "backpressure_warn",
+    "backpressure_critical",
     "enable_cdc_stream",
     "cdc_stream_key",
     "sql_url",
@@ -96,6 +98,19 @@ def test_the_defaults_are_those_of_the_contract() -> None:
 def test_a_share_of_the_memory_is_between_0_and_1(name: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=f"^{name} = "):
         SyncEngineConfig(**{name: value})
+
+
+@pytest.mark.parametrize("name", ["backpressure_warn", "backpressure_critical"])
+@pytest.mark.parametrize("value", [0, 1, -0.1, 1.1, float("nan"), "much", None])
+def test_an_edge_of_pressure_is_a_share(name: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=f"{name} = "):
+        SyncEngineConfig(**{name: value})
+
+
+def test_pressure_is_told_of_before_it_is_critical() -> None:
+    assert (SyncEngineConfig().backpressure_warn, SyncEngineConfig().backpressure_critical) == (0.7, 0.9)
+    with pytest.raises(ConfigError, match=r"backpressure_warn = 0.9: .* = 0.9$"):
+        SyncEngineConfig(backpressure_warn=0.9)
 
 
 def test_eviction_stops_below_where_it_begins() -> None:
@@ -202,7 +217,7 @@ def test_a_missing_toml_file_is_an_error(tmp_path: Path, monkeypatch: pytest.Mon
         SyncEngineConfig()
 
 
-@pytest.mark.parametrize("name", ["batch_flush", "redis-url", "backpressure_critical"])
+@pytest.mark.parametrize("name", ["batch_flush", "redis-url", "wal_drain_batch_size"])
 def test_an_unknown_setting_is_refused_by_its_name(name: str) -> None:
     with pytest.raises(ConfigError, match=f"^{name}: "):
         SyncEngineConfig(**{name: 1})

@@ -20,7 +20,7 @@ from sync_engine.errors import NotRunning, StoreError, SyncEngineError, TierUnav
 from sync_engine.item import Op, SyncItem
 from sync_engine.options import Ack
 from sync_engine.ports import Applied, Cache, Journal, Logged
-from sync_engine.pressure import Gate
+from sync_engine.pressure import Gate, Level
 from sync_engine.write.flush import Lane, Plan
 from sync_engine.write.pending import Entry, PendingIndex
 from sync_engine.write.quarantine import Quarantine, withdraw
@@ -87,9 +87,9 @@ class WritePath:
         """
         logged = self._journal is not None and drafts[0].sql
         volatile_bytes = 0 if logged and ack is not Ack.MEMORY else sum(op.size for op in drafts)
-        if not self._gate.has_room(len(drafts), volatile_bytes):
+        if self._gate.presses or not self._gate.has_room(len(drafts), volatile_bytes):
             self.hurry()  # what gives room back must not itself wait for company
-        await self._gate.enter(len(drafts), volatile_bytes)
+        await self._gate.enter(len(drafts), volatile_bytes, slowed=drafts[0].kind != "delete")
         if self._sweeps:
             try:
                 await self.swept({op.object_id for op in drafts if op.kind == "restate"})
@@ -196,6 +196,11 @@ class WritePath:
         return self._doubtful | {
             entry.op.object_id for entry in (*unseen, *self._conditional) if entry.op.kind != "delete"
         }
+
+    @property
+    def pressure(self) -> tuple[float, Level]:
+        """How near the bounds what is not settled has come, and what that means."""
+        return self._gate.pressure, self._gate.level
 
     @property
     def volatile(self) -> int:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import msgspec
 
-from sync_engine.clock import COUNTER_BITS
+from sync_engine.clock import COUNTER_BITS, SystemClock
 from sync_engine.item import Op, SyncItem
 from sync_engine.log_record import BadRecord, decode_op, encode_op
 from sync_engine.ports import Cache, Clock
@@ -47,9 +47,9 @@ class Quarantined:
 class Quarantine:
     """The refused operations of one engine, newest per id."""
 
-    def __init__(self, folder: Path, clock: Clock) -> None:
+    def __init__(self, folder: Path, clock: Clock | None = None) -> None:
         self._folder = folder
-        self._clock = clock
+        self._clock = clock if clock is not None else SystemClock()
         self._held: dict[str, Quarantined] = {}
         self._turn = asyncio.Lock()  # two lanes, and each change is a step in memory and a step on disk
 
