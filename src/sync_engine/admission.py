@@ -19,11 +19,15 @@ class Admission:
     """The limits of one configuration. Drafts carry stamp 0; the write path stamps them."""
 
     def __init__(self, config: SyncEngineConfig, clock: Clock) -> None:
-        self._payload_bytes_max = config.max_payload_bytes
-        self._ack = config.default_ack
         self._redis = config.redis_url is not None
         self._sql = config.sql_url is not None
         self._clock = clock
+        self.bound(config)
+
+    def bound(self, config: SyncEngineConfig) -> None:
+        """Take up what may change at run time."""
+        self._payload_bytes_max = config.max_payload_bytes
+        self._ack = config.default_ack
 
     def put(self, item: SyncItem, options: SubmitOptions | None, ack: Ack | None) -> tuple[Op, Ack]:
         """The draft of one write, and the acknowledgement it waits for. Raises ``InvalidItem``."""

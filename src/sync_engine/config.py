@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import (
@@ -17,9 +17,30 @@ from pydantic_settings import (
 from sync_engine.errors import ConfigError
 from sync_engine.options import Ack, CacheTtl
 
-__all__ = ["SyncEngineConfig"]
+__all__ = ["AT_RUN_TIME", "SyncEngineConfig"]
 
 MIB = 1024 * 1024
+
+
+AT_RUN_TIME: Final = frozenset(
+    {
+        "backpressure_critical",
+        "backpressure_wait_ms",
+        "backpressure_warn",
+        "batch_flush_bytes",
+        "batch_flush_count",
+        "batch_flush_ms",
+        "default_ack",
+        "l1_max_bytes",
+        "max_payload_bytes",
+        "pending_max_bytes",
+        "promotion_ttl",
+        "redis_eviction_start",
+        "redis_eviction_target",
+        "wal_max_items",
+    }
+)
+"""What ``SyncEngine.reconfigure`` may change: bounds and paces that one part owns. No secret is among them."""
 
 
 class SyncEngineConfig(BaseSettings):
@@ -163,10 +184,32 @@ class SyncEngineConfig(BaseSettings):
             raise ValueError(f"{told} = {self.backpressure_critical}")
         return self
 
+    def changed(self, **changes: Any) -> SyncEngineConfig:
+        """These settings with some of ``AT_RUN_TIME`` changed, checked as a whole.
+
+        Raises ``ConfigError`` naming every setting that is unknown, needs a restart, or breaks a bound.
+        """
+        if unknown := changes.keys() - type(self).model_fields:
+            raise ConfigError(f"{', '.join(sorted(unknown))}: no such setting")
+        if fixed := changes.keys() - AT_RUN_TIME:
+            raise ConfigError(f"{', '.join(sorted(fixed))}: cannot change while an engine runs; it needs a restart")
+        checked = _Alone(**{name: getattr(self, name) for name in type(self).model_fields} | changes)
+        return self.model_copy(update={name: getattr(checked, name) for name in changes})
+
     @property
     def log_dir(self) -> Path:
         """Where the log lives."""
         return self.wal_path if self.wal_path is not None else self.data_dir / "log"
+
+
+class _Alone(SyncEngineConfig):
+    """Settings from arguments alone: the environment and the file have been read, and may be others by now."""
+
+    @classmethod
+    def settings_customise_sources(
+        cls, settings_cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource, *_: Any, **__: Any
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return (init_settings,)
 
 
 SECRETS = frozenset({"redis_url", "sql_url"})

@@ -13,9 +13,11 @@ What each arrow does is in the part that owns it: ``pressure`` and ``log`` admit
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from functools import partial
 from types import TracebackType
+from typing import Any
 
 from sync_engine.admission import Admission
 from sync_engine.clock import SystemClock
@@ -30,6 +32,8 @@ from sync_engine.write.quarantine import Quarantined
 from sync_engine.write.sweep import check_prefix, sweep
 
 __all__ = ["SyncEngine"]
+
+log = logging.getLogger(__name__)
 
 PAGE = 1_000
 """Items per page of the iterators, and operations per append of the bulk writes."""
@@ -268,6 +272,22 @@ class SyncEngine:
     def stats(self) -> EngineStats:
         """Figures of this moment; no I/O."""
         return self._on().stats()
+
+    async def reconfigure(self, **changes: Any) -> None:
+        """Change settings at run time, all of them or, with ``ConfigError``, none; ``config`` shows the new ones.
+
+        docs/operations.md says which may change. The others need a restart. An engine that does not run takes them up
+        when it starts.
+        """
+        async with self._turn:  # not between a start's reading of the settings and its end
+            config = self.config.changed(**changes)
+            told = [f"{name} = {getattr(config, name)!r}, was {getattr(self.config, name)!r}" for name in changes]
+            # From here on nothing waits and nothing is refused.
+            self.config = config
+            self._admission.bound(config)
+            if self._parts is not None:
+                self._parts.retune(config)
+        log.info("reconfigured: %s", "; ".join(told))
 
     async def quarantine(self) -> list[QuarantinedOp]:
         """Every operation that a tier refused, in stamp order, each with its tier and reason, none with its content."""

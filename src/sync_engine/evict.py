@@ -57,8 +57,8 @@ class Eviction:
         self._cache = cache
         self._truth = truth
         self._clock = clock
-        self._start = start
-        self._target = target
+        self.start = start
+        self.target = target
         self._rng = rng
         self.evicted = 0
         """Items that have left so far."""
@@ -81,7 +81,7 @@ class Eviction:
         """
         before = self.evicted
         fruitless = 0
-        full = [server for server in await self._memory() if server.share >= self._start]
+        full = [server for server in await self._memory() if server.share >= self.start]
         self.stuck = False
         while full and self._trust.doubt is None:
             places = {place for server in full for place in server.places}
@@ -96,10 +96,10 @@ class Eviction:
             full = [
                 server
                 for server in await self._memory()
-                if server.share > self._target and not places.isdisjoint(server.places)
+                if server.share > self.target and not places.isdisjoint(server.places)
             ]
         if count := self.evicted - before:
-            log.info("%d items have left Redis, which SQL holds: it was above %.0f %%", count, self._start * 100)
+            log.info("%d items have left Redis, which SQL holds: it was above %.0f %%", count, self.start * 100)
         return self.evicted - before
 
     async def _memory(self) -> Sequence[Memory]:

@@ -68,7 +68,7 @@ class Healing:
         self._cache = cache
         self._truth = truth
         self._clock = clock
-        self._promotion_ttl_ms = promotion_ttl_ms
+        self.promotion_ttl_ms = promotion_ttl_ms
         self._runs = runs
         self._keep_runs = keep_runs
         self._way: _Way | None = None
@@ -148,7 +148,7 @@ class Healing:
         held = await self._cache.held_stamps([op.object_id for op in ops]) if ops else {}
         now_ms = self._clock.now_ms()
         recent = now_ms - RECENT_MS << COUNTER_BITS
-        expires_at = now_ms + self._promotion_ttl_ms
+        expires_at = now_ms + self.promotion_ttl_ms
         missing: list[Op] = []
         unstamped: list[SyncItem] = []
         for op in ops:

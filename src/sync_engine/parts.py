@@ -156,6 +156,27 @@ class Parts:
             lanes={lane.tier.name: LaneStats(len(lane.batcher), lane.trouble) for lane in self._lanes},
         )
 
+    def retune(self, config: SyncEngineConfig) -> None:
+        """Take up what may change at run time, in one step of the event loop."""
+        for lane in self._lanes:
+            lane.batcher.bound(
+                flush_count=config.batch_flush_count,
+                flush_bytes=config.batch_flush_bytes,
+                flush_after_ms=config.batch_flush_ms,
+            )
+        self.writes.bound(
+            ops_max=config.wal_max_items,
+            bytes_max=config.pending_max_bytes,
+            wait_ms=config.backpressure_wait_ms,
+            bands=Bands(config.backpressure_warn, config.backpressure_critical),
+        )
+        self.reader.promotion_ttl_ms = round(config.promotion_ttl * 1000)
+        if self._healing is not None:
+            self._healing.promotion_ttl_ms = round(config.promotion_ttl * 1000)
+        if self._eviction is not None:
+            self._eviction.start, self._eviction.target = config.redis_eviction_start, config.redis_eviction_target
+        self.l1.resize(config.l1_max_bytes)
+
     async def health(self) -> Health:
         """Ask every tier now; one that does not answer is told, not raised."""
         facts: CacheFacts | None = None

@@ -57,7 +57,7 @@ class Reader:
         self._read_back = read_back
         self._observe = observe
         self._clock = clock
-        self._promotion_ttl_ms = promotion_ttl_ms
+        self.promotion_ttl_ms = promotion_ttl_ms
         self._flights: Coalescer[Answer] = Coalescer(self._fetch)
         # Per running fetch: ids written since it began. By identity: two sets that are equal now are not the same.
         self._watching: dict[int, set[str]] = {}
@@ -333,7 +333,7 @@ class Reader:
         """Copy upward in the background, also over what is damaged; a fill never passes a newer copy or a tombstone."""
         if len(self._fills) >= FILLS_MAX:
             return
-        expires_at = self._clock.now_ms() + self._promotion_ttl_ms
+        expires_at = self._clock.now_ms() + self.promotion_ttl_ms
         ops = [
             Op(
                 kind="put",

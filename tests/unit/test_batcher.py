@@ -286,3 +286,26 @@ def test_every_entry_leaves_once_in_order_within_its_time_and_the_bounds(
         await asyncio.wait({taker})
 
     asyncio.run(play())
+
+
+async def test_23_new_limits_hold_for_the_next_batch_as_a_whole() -> None:
+    clock = VirtualClock()
+    queue = batcher(clock, count=100)
+    taker = Taker(queue, clock)
+    for name in "abc":
+        queue.put(put(name))
+    await clock.run_for(0)
+    queue.bound(flush_count=2, flush_bytes=10**6, flush_after_ms=60_000)
+    await clock.run_for(0)
+    assert taker.left == [(0, ["a", "b", "c"])], "more are there than make a batch, and they go as a backlog"
+    queue.put(put("d"))
+    await clock.run_for(1)
+    assert len(taker.left) == 1, "the old wait of 100 ms is over, and does not count"
+    queue.bound(flush_count=100, flush_bytes=10**6, flush_after_ms=500)
+    await clock.run_for(0)
+    assert taker.left[1:] == [(1000, ["d"])], "it has waited longer than it has to now"
+    queue.put(put("e"))
+    queue.bound(flush_count=100, flush_bytes=1, flush_after_ms=500)
+    await clock.run_for(0)
+    assert taker.left[2:] == [(1000, ["e"])]
+    await taker.end()

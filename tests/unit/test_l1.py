@@ -348,3 +348,26 @@ def test_recency_follows_the_clock_even_when_there_are_only_hits() -> None:
     assert l1.peek("00") is not None
     assert l1.peek("01") is not None
     assert sum(l1.peek(f"{n:02d}") is not None for n in range(2, 70)) < 5
+
+
+def test_a_resized_cache_keeps_to_its_new_bound() -> None:
+    clock = VirtualClock()
+    cache = L1Cache(10**6, clock=clock, rng=random.Random(1))
+    for n in range(500):
+        cache.offer(SyncItem(f"a.{n}", bytes(100)))
+    held = cache.bytes
+    cache.resize(held)
+    assert cache.bytes == held, "what fits stays"
+    cache.resize(held // 2)
+    cache.verify()
+    assert 0 < cache.bytes <= held // 2
+    assert cache.peek("a.499") is not None, "what came last stays"
+    cache.resize(300)
+    assert (cache.bytes, len(cache)) == (0, 0)
+    cache.resize(0)
+    assert not cache.offer(SyncItem("b", b"x"))
+    cache.resize(10**6)
+    assert cache.offer(SyncItem("b", b"x"))
+    cache.verify()
+    with pytest.raises(ConfigError, match="l1_max_bytes = -1"):
+        cache.resize(-1)

@@ -22,9 +22,6 @@ class Batcher:
     """A queue that hands out batches, oldest first."""
 
     def __init__(self, *, flush_count: int, flush_bytes: int, flush_after_ms: int, clock: Clock) -> None:
-        self._flush_count = flush_count
-        self._flush_bytes = flush_bytes
-        self._flush_after_s = flush_after_ms / 1000
         self._clock = clock
         self._queue: deque[tuple[float, Entry]] = deque()
         self._bytes = 0
@@ -36,6 +33,14 @@ class Batcher:
         self._drains: deque[tuple[int, asyncio.Future[None]]] = deque()
         self._hasty: set[asyncio.Future[None]] = set()
         self._ended: Exception | None = None
+        self.bound(flush_count=flush_count, flush_bytes=flush_bytes, flush_after_ms=flush_after_ms)
+
+    def bound(self, *, flush_count: int, flush_bytes: int, flush_after_ms: int) -> None:
+        """Set what makes a batch, all of it at once: no batch is cut by one old and one new limit."""
+        self._flush_count = flush_count
+        self._flush_bytes = flush_bytes
+        self._flush_after_s = flush_after_ms / 1000
+        self._wake.set()  # what waits may be due by now
 
     def put(self, entry: Entry) -> None:
         """Queue one entry."""

@@ -20,7 +20,7 @@ from sync_engine.errors import NotRunning, StoreError, SyncEngineError, TierUnav
 from sync_engine.item import Op, SyncItem
 from sync_engine.options import Ack
 from sync_engine.ports import Applied, Cache, Journal, Logged
-from sync_engine.pressure import Gate, Level
+from sync_engine.pressure import Bands, Gate, Level
 from sync_engine.write.flush import Lane, Plan
 from sync_engine.write.pending import Entry, PendingIndex
 from sync_engine.write.quarantine import Quarantine, withdraw
@@ -196,6 +196,11 @@ class WritePath:
         return self._doubtful | {
             entry.op.object_id for entry in (*unseen, *self._conditional) if entry.op.kind != "delete"
         }
+
+    def bound(self, *, ops_max: int, bytes_max: int, wait_ms: int, bands: Bands) -> None:
+        """Set the bounds of what is not settled. Values that are over a lower one leave memory as they move on."""
+        self._pending.memory_bytes_max = bytes_max
+        self._gate.bound(ops_max=ops_max, bytes_max=bytes_max, wait_ms=wait_ms, bands=bands)
 
     @property
     def pressure(self) -> tuple[float, Level]:

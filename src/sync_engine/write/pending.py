@@ -130,7 +130,7 @@ class PendingIndex:
 
     def __init__(self, memory_bytes_max: int) -> None:
         self._newest: dict[str, Entry] = {}
-        self._memory_bytes_max = memory_bytes_max
+        self.memory_bytes_max = memory_bytes_max
         self.memory_bytes = 0
         self.entries = 0
 
@@ -157,7 +157,7 @@ class PendingIndex:
             held.base = entry
             shown = held
         if op.item is not None:
-            if entry.reloadable and self.memory_bytes + entry.size > self._memory_bytes_max:
+            if entry.reloadable and self.memory_bytes + entry.size > self.memory_bytes_max:
                 entry.release_value()
             else:
                 self.memory_bytes += entry.size
@@ -185,7 +185,7 @@ class PendingIndex:
 
     def trim(self, entry: Entry) -> None:
         """Release the value if the budget is spent and the log holds it."""
-        if entry.reloadable and self.memory_bytes > self._memory_bytes_max:
+        if entry.reloadable and self.memory_bytes > self.memory_bytes_max:
             self.release(entry)
 
     def remove(self, entry: Entry) -> None:

@@ -1,0 +1,246 @@
+"""Settings changed at run time: all or nothing, at once, with nothing dropped (fault matrix 23, G65)."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sync_engine import (
+    Ack,
+    Backpressure,
+    ConfigError,
+    PayloadTooLarge,
+    SubmitOptions,
+    SyncEngine,
+    SyncEngineConfig,
+    SyncItem,
+)
+from sync_engine.config import AT_RUN_TIME
+from sync_engine.item import Op
+from sync_engine.ports import Applied
+from sync_engine.resilience import Forwarding
+from sync_engine.write.batcher import BACKLOG_TIMES
+
+from .rig import Held, Rig, on, until
+
+OTHER: dict[str, Any] = {
+    "backpressure_critical": 0.8,
+    "backpressure_wait_ms": 7,
+    "backpressure_warn": 0.5,
+    "batch_flush_bytes": 77,
+    "batch_flush_count": 7,
+    "batch_flush_ms": 7,
+    "default_ack": Ack.STORED,
+    "l1_max_bytes": 7_000,
+    "max_payload_bytes": 70,
+    "pending_max_bytes": 7_000,
+    "promotion_ttl": 70.0,
+    "redis_eviction_start": 0.7,
+    "redis_eviction_target": 0.3,
+    "wal_max_items": 7,
+}
+
+
+def test_every_setting_that_may_change_is_tried_here() -> None:
+    assert set(OTHER) == AT_RUN_TIME
+
+
+async def test_everything_that_may_change_changes_and_is_shown(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
+    async with rig.engine() as engine:
+        before = engine.config
+        with caplog.at_level(logging.INFO):
+            await engine.reconfigure(**OTHER)
+        for name, value in OTHER.items():
+            assert getattr(engine.config, name) == value
+            assert getattr(before, name) != value
+            assert name in caplog.text
+        assert engine.config.redis_url == before.redis_url
+        assert engine.config.model_fields_set == before.model_fields_set | set(OTHER)
+        assert engine.stats().l1.bytes_max == 7_000
+        await engine.submit(SyncItem("a", b"x"))
+        assert (await engine.status("a")).l3, "the default is Ack.STORED now"
+        with pytest.raises(PayloadTooLarge):
+            await engine.submit(SyncItem("a", bytes(71)))
+        await engine.reconfigure()
+        rig.at_rest(engine)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"batch_flush_ms": 5, "batch_flush_count": 0}, "batch_flush_count = 0: .*1"),
+        ({"batch_flush_ms": "many"}, "batch_flush_ms = 'many'"),
+        ({"batch_flush_ms": 5, "no_such_setting": 1}, "no_such_setting: no such setting"),
+        ({"batch_flush_ms": 5, "redis_url": "redis://user:c4nary@h/0"}, "redis_url: .*restart"),
+        ({"sql_url": None, "data_dir": "elsewhere"}, "data_dir, sql_url: .*restart"),
+        ({"backpressure_warn": 0.95}, "backpressure_warn = 0.95"),
+        ({"backpressure_critical": 0.7}, "backpressure_warn = 0.7: .* 0.7"),
+        ({"redis_eviction_target": 0.75}, "redis_eviction_target"),
+        ({"l1_max_bytes": -1}, "l1_max_bytes = -1"),
+        ({"default_ack": "sometimes"}, "default_ack"),
+        ({"_env_file": "/etc/passwd"}, "_env_file"),
+    ],
+)
+async def test_G65_what_is_wrong_is_refused_by_name_and_nothing_changes(
+    rig: Rig, changes: dict[str, Any], told: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with rig.engine() as engine:
+        before = engine.config
+        with pytest.raises(ConfigError, match=told) as refused:
+            await engine.reconfigure(**changes)
+        assert engine.config is before
+        assert "c4nary" not in str(refused.value) + caplog.text
+
+
+@pytest.mark.parametrize("name", sorted(set(SyncEngineConfig.model_fields) - AT_RUN_TIME))
+async def test_every_other_setting_needs_a_restart(name: str) -> None:
+    engine = SyncEngine(SyncEngineConfig(redis_url="redis://h/0"))
+    with pytest.raises(ConfigError, match=f"^{name}: .*needs a restart"):
+        await engine.reconfigure(**{name: getattr(engine.config, name)})
+
+
+async def test_the_environment_and_the_file_have_no_say_any_more(
+    rig: Rig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "settings.toml"
+    file.write_text("batch_flush_count = 33\n")
+    monkeypatch.setenv("SYNC_ENGINE_CONFIG", str(file))
+    async with rig.engine(redis=False) as engine:
+        assert engine.config.batch_flush_count == 33
+        file.unlink()
+        monkeypatch.setenv("SYNC_ENGINE_BATCH_FLUSH_COUNT", "-5")
+        monkeypatch.setenv("SYNC_ENGINE_REDIS_URL", "redis://elsewhere/0")
+        await engine.reconfigure(batch_flush_ms=3)
+        assert (engine.config.batch_flush_count, engine.config.batch_flush_ms) == (33, 3)
+        assert engine.config.redis_url is None
+
+
+async def test_before_the_start_and_after_the_stop_it_is_for_the_next_start(rig: Rig) -> None:
+    engine = rig.engine(redis=False)
+    await engine.reconfigure(l1_max_bytes=1_000)
+    async with engine:
+        assert engine.stats().l1.bytes_max == 1_000
+    await engine.reconfigure(l1_max_bytes=2_000, max_payload_bytes=1)
+    async with engine:
+        assert engine.stats().l1.bytes_max == 2_000
+        with pytest.raises(PayloadTooLarge):
+            await engine.submit(SyncItem("a", b"xx"))
+
+
+async def test_what_waits_for_company_is_looked_at_anew(rig: Rig) -> None:
+    async with rig.engine(batch_flush_ms=60_000) as engine:
+        await engine.submit(SyncItem("a", b"x"))
+        await engine.reconfigure(batch_flush_ms=0)
+        await until(lambda: engine.stats().log_records == 0)
+        await engine.reconfigure(batch_flush_ms=60_000)
+        await engine.submit_many([SyncItem(f"b.{n}", b"x") for n in range(3)])
+        await engine.reconfigure(batch_flush_count=3)
+        await until(lambda: engine.stats().log_records == 0)
+
+
+async def test_who_waits_for_room_is_let_in_by_a_wider_bound(rig: Rig) -> None:
+    held: list[Held] = []
+    wrap = on("l3", Held, held)
+    async with rig.engine(around=wrap, wal_max_items=1, backpressure_wait_ms=60_000, redis=False) as engine:
+        held[0].hold()
+        await engine.submit(SyncItem("a", b"x"))
+        waiting = asyncio.create_task(engine.submit(SyncItem("b", b"x")))
+        await until(lambda: engine._running.writes._gate.crowded)
+        await engine.reconfigure(wal_max_items=2)
+        await waiting
+        await engine.reconfigure(wal_max_items=1, backpressure_wait_ms=0)
+        with pytest.raises(Backpressure):
+            await engine.submit(SyncItem("c", b"x"))
+        assert engine.stats().pressure == 2.0
+        held[0].release()
+        await engine.flush()
+        await engine.submit(SyncItem("c", b"x"))
+
+
+async def test_a_smaller_l1_gives_its_memory_back_at_once(rig: Rig) -> None:
+    async with rig.engine(redis=False) as engine:
+        await engine.submit_many([SyncItem(f"a.{n}", bytes(1_000)) for n in range(100)])
+        for bound in (50_000, 1_500, 1_000, 0, 10**6):
+            await engine.reconfigure(l1_max_bytes=bound)
+            assert engine.stats().l1.bytes <= bound
+            engine._running.l1.verify()
+            assert await engine.get("a.7") is not None
+            assert engine.stats().l1.bytes <= bound
+        assert engine.peek("a.7") is not None
+
+
+async def test_reads_copy_upward_for_as_long_as_the_new_ttl_says(rig: Rig) -> None:
+    async with rig.engine(l1_max_bytes=0) as engine:
+        await engine.submit(SyncItem("a", b"x", updated_at=1), SubmitOptions(), ack=Ack.STORED)
+        await rig.key("DEL", rig.redis_prefix + "a")
+        await engine.reconfigure(promotion_ttl=100)
+        await engine.get("a")
+        while not await rig.key("EXISTS", rig.redis_prefix + "a"):  # noqa: ASYNC110  # a copy in the background
+            await asyncio.sleep(0.001)
+        assert 90_000 < await rig.key("PTTL", rig.redis_prefix + "a") <= 100_000
+
+
+class Batches(Forwarding):
+    """Notes how many operations each call brings."""
+
+    def __init__(self, tier: Any, sizes: list[int]) -> None:
+        super().__init__(tier)
+        self.sizes = sizes
+
+    async def apply(self, ops: Sequence[Op], /) -> Applied:
+        self.sizes.append(len(ops))
+        return await super().apply(ops)
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+async def test_23_a_hundred_reconfigurations_under_load_drop_nothing(rig: Rig, seed: int) -> None:
+    rng = random.Random(seed)
+    sizes: list[int] = []
+    model: dict[str, SyncItem | None] = {}
+    async with rig.engine(around=lambda tier: Batches(tier, sizes), backpressure_wait_ms=60_000) as engine:
+        done = asyncio.Event()
+
+        async def write(who: int) -> None:
+            n = 0
+            while not done.is_set():
+                n += 1
+                object_id = f"{who}.{n % 20}"
+                if n % 7 == 0:
+                    await engine.delete(object_id)
+                    model[object_id] = None
+                else:
+                    model[object_id] = SyncItem(object_id, rng.randbytes(rng.randrange(200)), version=n, updated_at=1)
+                    await engine.submit(model[object_id], ack=rng.choices(list(Ack), (3, 6, 1))[0])
+                assert await engine.get(object_id) == model[object_id]
+
+        async with asyncio.TaskGroup() as group:
+            for who in range(8):
+                group.create_task(write(who))
+            for n in range(100):
+                count = rng.choice((1, 5, 50))
+                await engine.reconfigure(
+                    batch_flush_count=count,
+                    batch_flush_bytes=rng.choice((1, 1_000, 10**6)),
+                    batch_flush_ms=rng.choice((0, 1, 20)),
+                    wal_max_items=rng.choice((5, 50, 10**6)),
+                    pending_max_bytes=rng.choice((0, 2_000, 10**7)),
+                    l1_max_bytes=rng.choice((0, 2_000, 10**7)),
+                    backpressure_warn=rng.choice((0.1, 0.7)),
+                    default_ack=rng.choice(list(Ack)),
+                )
+                if n % 10 == 3:
+                    with pytest.raises(ConfigError):
+                        await engine.reconfigure(batch_flush_count=50, batch_flush_ms=-1)
+                assert engine.config.batch_flush_count == count
+                await asyncio.sleep(rng.random() * 0.01)
+            done.set()
+        await engine.reconfigure(pending_max_bytes=10**6, l1_max_bytes=10**6)
+        await rig.check(engine, model)
+        assert max(sizes) <= 50 * BACKLOG_TIMES
+        assert engine.stats().quarantined == 0
