@@ -7,7 +7,7 @@ from msgspec.structs import replace
 from sync_engine.config import SyncEngineConfig
 from sync_engine.errors import InvalidItem, PayloadTooLarge, TierNotConfigured
 from sync_engine.item import Op, SyncItem, check_id
-from sync_engine.options import Ack, SubmitOptions, ttl_ms
+from sync_engine.options import Ack, SubmitOptions, Ttl, ttl_ms
 from sync_engine.ports import Clock
 
 __all__ = ["Admission"]
@@ -41,7 +41,7 @@ class Admission:
             options = DEFAULT
         elif not isinstance(options, SubmitOptions):
             raise InvalidItem("options", f"a {type(options).__name__}", "must be SubmitOptions")
-        self._refuse_impossible(options)
+        self.refuse_impossible(options)
         if options.state is not None:
             item = item.with_state(options.state)
         expires_at = None
@@ -86,7 +86,14 @@ class Admission:
             raise InvalidItem("ack", f"a {type(ack).__name__}", "must be an Ack")
         return ack
 
-    def _refuse_impossible(self, options: SubmitOptions) -> None:
+    def loaded(self, ttl: Ttl | None) -> SubmitOptions:
+        """Where what was loaded is kept: everywhere, or with a lifetime in Redis alone. Raises ``InvalidItem``."""
+        options = SubmitOptions(sql=self._sql) if ttl is None else SubmitOptions.cache(ttl)
+        self.refuse_impossible(options)
+        return options
+
+    def refuse_impossible(self, options: SubmitOptions) -> None:
+        """Raise ``TierNotConfigured`` for a tier that is not there."""
         if options.sql and not self._sql:
             raise TierNotConfigured(
                 "options", "sql=True", "there is no truth (sql_url is None): only SubmitOptions.cache(...) is accepted"

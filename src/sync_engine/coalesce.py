@@ -1,4 +1,4 @@
-"""One fetch for many waiters: gets of one event-loop tick share a batch, gets of one key share a flight.
+"""One fetch for many waiters: gets of one event-loop tick share a batch, gets or loads of one key share a flight.
 
 The fetch runs in a task that the Coalescer owns, so a waiter that is cancelled takes nobody with it:
 each waiter has a future of its own, which costs 100 ns where a shield around a shared one costs 5 µs.
@@ -7,14 +7,17 @@ each waiter has a future of its own, which costs 100 ns where a shield around a 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Generic, TypeVar
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from typing import Any, Generic, TypeVar
 
-from sync_engine.errors import NotRunning
+from sync_engine.errors import InvalidItem, NotRunning
 
-__all__ = ["Coalescer"]
+__all__ = ["Coalescer", "Flights"]
 
 T = TypeVar("T")
+
+LISTENS_WITHIN_S = 1.0
+"""How long a piece of work that is cut short may take to end; a loader is somebody else's code."""
 
 
 class Coalescer(Generic[T]):
@@ -106,3 +109,42 @@ class Coalescer(Generic[T]):
 
     def __repr__(self) -> str:
         return f"<Coalescer {len(self._boarding)} boarding, {len(self._flying)} flying>"
+
+
+class Flights(Generic[T]):
+    """One piece of work per key however many wait for it; it runs to its end whoever gives up waiting."""
+
+    def __init__(self) -> None:
+        self._tasks: dict[str, asyncio.Task[T]] = {}
+
+    async def get(self, key: str, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """The outcome of the work that is under way for the key, or of this. What it raises reaches all who wait.
+
+        Raises ``NotRunning`` where it was cut short, and ``InvalidItem`` where the work waits for itself.
+        """
+        task = self._tasks.get(key)
+        if task is not None and task is asyncio.current_task():
+            raise InvalidItem("loader", "one that loads its own id", "would wait for itself")
+        if task is None:
+            task = self._tasks[key] = asyncio.get_running_loop().create_task(work(), name="sync-engine load")
+            task.add_done_callback(lambda landed: self._landed(key, landed))
+        await asyncio.wait([task])
+        if task.cancelled():
+            raise NotRunning("the loading was cut short")
+        return task.result()
+
+    def _landed(self, key: str, task: asyncio.Task[T]) -> None:
+        del self._tasks[key]
+        if not task.cancelled():
+            task.exception()  # seen, even where nobody waits any more
+
+    async def aclose(self) -> None:
+        """Cut short what is under way. What does not listen is not waited for longer than ``LISTENS_WITHIN_S``."""
+        tasks = list(self._tasks.values())
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks, timeout=LISTENS_WITHIN_S)
+
+    def __repr__(self) -> str:
+        return f"<Flights {len(self._tasks)} under way>"

@@ -14,17 +14,20 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from functools import partial
 from types import TracebackType
 from typing import Any
 
+from msgspec.structs import replace
+
 from sync_engine.admission import Admission
 from sync_engine.clock import SystemClock
+from sync_engine.coalesce import Flights
 from sync_engine.config import SyncEngineConfig
 from sync_engine.errors import InvalidItem, NotRunning, TierUnavailable
 from sync_engine.item import Op, SyncItem, check_id, check_state
-from sync_engine.options import Ack, ItemStatus, Receipt, SubmitOptions
+from sync_engine.options import Ack, ItemStatus, Receipt, SubmitOptions, Ttl
 from sync_engine.parts import Parts, build
 from sync_engine.ports import Clock, Tier
 from sync_engine.report import EngineStats, Health, QuarantinedOp, StopReport
@@ -34,6 +37,8 @@ from sync_engine.write.sweep import check_prefix, sweep
 __all__ = ["SyncEngine"]
 
 log = logging.getLogger(__name__)
+
+Loader = Callable[[str], Awaitable[SyncItem | None]]
 
 PAGE = 1_000
 """Items per page of the iterators, and operations per append of the bulk writes."""
@@ -63,6 +68,7 @@ class SyncEngine:
         self._parts: Parts | None = None
         self._running: Parts | None = None
         self._why_not = "it has not been started"
+        self._loads: Flights[SyncItem | None] = Flights()
         self._turn = asyncio.Lock()  # start and stop, one at a time
 
     # Lifecycle
@@ -87,6 +93,7 @@ class SyncEngine:
         async with self._turn:
             self._running, self._why_not = None, "it has been stopped"
             parts, self._parts = self._parts, None
+            await self._loads.aclose()
             return await parts.close(timeout) if parts is not None else StopReport(0, 0)
 
     async def __aenter__(self) -> SyncEngine:
@@ -206,6 +213,20 @@ class SyncEngine:
     async def get_many(self, ids: Iterable[str]) -> dict[str, SyncItem]:
         """The items that exist, by id; one round trip per tier. Raises as ``get`` does, for any of them."""
         return await self._on().reader.get_many(list(ids))
+
+    async def get_or_load(self, object_id: str, loader: Loader, *, ttl: Ttl | None = None) -> SyncItem | None:
+        """One item; where it does not exist, what ``await loader(object_id)`` returns, which is stored and returned.
+
+        However many ask for an id at once, one loader is called, and what it raises reaches all of them and is not
+        kept. Who gives up waiting takes nobody with him. ``ttl`` keeps the item in Redis alone for so long. A loader
+        that returns None says that there is no such item. What is written, or deleted, after the loader was called
+        stays so. Raises as ``get`` and ``submit`` do.
+        """
+        options = self._admission.loaded(ttl)
+        item = await self.get(object_id)
+        if item is not None:
+            return item
+        return await self._loads.get(object_id, partial(self._load, object_id, loader, options))
 
     def peek(self, object_id: str) -> SyncItem | None:
         """The item if it is in process memory; no I/O, and no promise that it does not exist elsewhere."""
@@ -336,6 +357,21 @@ class SyncEngine:
             return list(refused)
         wanted = {check_id(object_id) for object_id in ids}
         return [each for each in refused if each.op.object_id in wanted]
+
+    async def _load(self, object_id: str, loader: Loader, options: SubmitOptions) -> SyncItem | None:
+        # What is loaded is as old as the moment at which the loader was asked: by its stamp it passes nothing newer.
+        moment = self._on().writes.moment(0)
+        held = await self.get(object_id)
+        if held is not None:
+            return held  # somebody was quicker
+        item = await loader(object_id)
+        if item is None:
+            return None
+        draft, ack = self._admission.put(item, options, None)
+        if item.object_id != object_id:
+            raise InvalidItem("loader", f"an item of {item.object_id!r}", f"must return that of {object_id!r}")
+        await self._on().writes.write([replace(draft, stamp=moment)], ack)
+        return await self.get(object_id)
 
     def _on(self) -> Parts:
         if self._running is None:

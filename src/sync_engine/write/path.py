@@ -446,9 +446,8 @@ class WritePath:
         )
 
     def _stamped(self, draft: Op) -> Op:
-        if draft.stamp:
-            return draft  # refused before, and sent again as what it was: it must not look newer
-        stamp = self._stamps.next()
+        # A draft that has a stamp is of that moment, and must not look newer: refused, deleted or loaded then.
+        stamp = draft.stamp or self._stamps.next()
         # A draft is ours alone. The item is the caller's: a copy of it gets the engine's notes, and no second check.
         force_setattr(draft, "stamp", stamp)
         if draft.item is not None:
