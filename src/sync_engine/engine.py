@@ -175,7 +175,8 @@ class SyncEngine:
             return False
         draft = self._admission.restate(object_id, state)
         refused = parts.quarantine.get(object_id)
-        if refused is not None and refused.nowhere_else and parts.pending.get(object_id) is None:
+        alone = refused is not None and refused.nowhere_else and parts.pending.get(object_id) is None
+        if refused is not None and alone and await parts.refusals.stands(refused):
             draft = self._admission.again(refused.op, state)
         await self._write([draft], self._admission.ack(ack))
         return True

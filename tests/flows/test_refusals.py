@@ -162,6 +162,20 @@ async def test_I1_a_newer_write_while_the_old_one_is_on_its_way_again_wins(rig: 
         assert await rig.in_tiers("poison") == (POISON.with_version(7), POISON.with_version(7))
 
 
+async def test_I1_a_change_of_state_does_not_bring_a_refused_write_over_a_newer_one(rig: Rig) -> None:
+    kept: list[Refusing] = []
+    async with rig.engine(around=on("l3", refusing(kept, "poison"))) as engine:
+        await engine.submit(POISON)
+        await engine.flush()
+        async with rig.engine(data="other") as other:
+            await other.submit(POISON.with_version(2), ack=Ack.STORED)
+        kept[0].ids.clear()
+        assert await engine.get("poison") == POISON, "in memory still, as any item that another engine writes"
+        assert await engine.set_state("poison", "t")
+        await engine.flush()
+        assert await rig.in_tiers("poison") == (POISON.with_version(2).with_state("t"),) * 2
+
+
 @pytest.mark.parametrize("tier", ["l2", "l3"])
 async def test_a_refused_delete_is_sent_again_or_given_up(rig: Rig, tier: str) -> None:
     kept: list[Refusing] = []

@@ -81,6 +81,11 @@ class Refusals:
                 dropped += 1
         return dropped
 
+    async def stands(self, each: Quarantined) -> bool:
+        """Whether no tier knows anything newer of its id. Raises ``TierUnavailable`` where that cannot be asked."""
+        newest = await self._newest_stamps([each.op])
+        return newest.get(each.op.object_id, 0) <= each.op.stamp
+
     def _has_its_tiers(self, op: Op) -> bool:
         if (self.truth if op.sql else self.cache) is not None:
             return True
