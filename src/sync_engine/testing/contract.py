@@ -449,6 +449,13 @@ class TruthContract(TierContract):
         assert (applied.restated["b"].state, applied.restated["b"].stamp) == ("s", 5)
         assert applied.superseded <= {"c"}
 
+    async def test_a_restate_that_is_applied_again_answers_with_the_item_again(self, tier: Truth) -> None:
+        """The first answer may have been lost on its way; without the item Redis would bless an older one."""
+        await tier.apply([put("a", b'{"a":1}', 1)])
+        applied = [await tier.apply([restate("a", "s", 5)]) for _ in range(2)]
+        assert applied[0].restated["a"] == applied[1].restated["a"]
+        assert applied[1].restated["a"].state == "s"
+
     async def test_if_version_writes_only_over_that_version(self, tier: Truth) -> None:
         await tier.apply([put("a", b"1", 1, version=4)])
         applied = await tier.apply(

@@ -80,8 +80,8 @@ class MemoryTier:
             id_ = op.object_id
             row = self._held(id_)
             self.applied.append(op)
-            if (conflict := _conflict(op, row, self.tombstones.get(id_, 0))) is not None:
-                refused[id_] = conflict
+            if self.name != "l2" and (conflict := _conflict(op, row, self.tombstones.get(id_, 0))) is not None:
+                refused[id_] = conflict  # in Redis there is nothing to compare with: the truth has decided
                 continue
             self._newest = max(self._newest, op.stamp)
             if op.only_in_state is not None and self._spares(op, row):
@@ -94,7 +94,9 @@ class MemoryTier:
                 self._delete(op)
                 if row is not None:
                     existed.add(id_)
-            elif row is not None and op.stamp != row.item.stamp and op.state is not None:
+            elif row is not None and op.stamp == row.item.stamp:
+                restated[id_] = row.item  # applied before: the caller still needs the item
+            elif row is not None and op.state is not None:
                 # What brings the whole item brings what the truth holds; the deadline of the copy stays.
                 base = row.item if op.item is None else op.item
                 restated[id_] = base.replace(state=op.state, stamp=op.stamp)
@@ -235,6 +237,10 @@ class MemoryTier:
     def _put(self, op: Op) -> None:
         if op.item is None:
             raise AssertionError(f"a put of {op.object_id!r} without an item")
+        if self.name == "l2" and op.redis_expires_at is not None and op.redis_expires_at <= self._clock.now_ms():
+            if not op.fill:
+                self._delete(op)  # it has come and gone: what is older must stay out
+            return
         self.tombstones.pop(op.object_id, None)
         item = op.item if op.item.stamp == op.stamp else op.item.replace(stamp=op.stamp)
         self._rows[op.object_id] = _Row(item, op.redis_expires_at if self.name == "l2" else None)
