@@ -7,6 +7,8 @@ import logging
 import random
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
 from contextlib import AsyncExitStack, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from sync_engine.clock import Stamps
@@ -35,7 +37,7 @@ from sync_engine.write.path import WritePath
 from sync_engine.write.pending import PendingIndex
 from sync_engine.write.quarantine import Quarantine
 
-__all__ = ["Parts", "build"]
+__all__ = ["Outside", "Parts", "build"]
 
 log = logging.getLogger(__name__)
 
@@ -280,26 +282,43 @@ async def _to_the_end(work: Coroutine[Any, Any, StopReport]) -> StopReport:
     return task.result()
 
 
+@dataclass(frozen=True, slots=True)
+class Outside:
+    """How ``build`` opens what lies outside of the process; a simulation has its own."""
+
+    log: Callable[..., Awaitable[WriteAheadLog]] = field(default_factory=lambda: WriteAheadLog.open)
+    notes: Callable[[Path], Awaitable[Notes]] = field(default_factory=lambda: Notes.open)
+    quarantine: Callable[..., Quarantine] = Quarantine
+    sql: Callable[..., Awaitable[Tier]] = field(default_factory=lambda: SqlStore.connect)
+    redis: Callable[..., Awaitable[Tier]] = field(default_factory=lambda: RedisStore.connect)
+    rng: Callable[[], random.Random] = random.Random
+
+
 async def build(
-    config: SyncEngineConfig, clock: Clock, failed: Callable[[BaseException], None], around: Callable[[Tier], Tier]
+    config: SyncEngineConfig,
+    clock: Clock,
+    failed: Callable[[BaseException], None],
+    around: Callable[[Tier], Tier],
+    outside: Outside | None = None,
 ) -> Parts:
     """Open and connect every part of ``config``, in the order in which they depend on each other."""
+    outside = Outside() if outside is None else outside
     async with AsyncExitStack() as opened:
         await asyncio.to_thread(config.data_dir.mkdir, mode=0o700, parents=True, exist_ok=True)
         journal = None
         if config.sql_url is not None:
             # First of all: the log's lock is what keeps a second engine away from this data_dir.
-            journal = await WriteAheadLog.open(config.log_dir, segment_bytes=config.wal_segment_bytes)
+            journal = await outside.log(config.log_dir, segment_bytes=config.wal_segment_bytes)
             opened.push_async_callback(journal.close)
         stamps = Stamps(clock, after=journal.last_stamp if journal is not None else 0)
-        notes = await Notes.open(config.data_dir / "notes.json")
+        notes = await outside.notes(config.data_dir / "notes.json")
         pending = PendingIndex(config.pending_max_bytes)
-        l3 = await _truth(config, clock, around, stamps, opened)
+        l3 = await _truth(config, clock, around, stamps, opened, outside)
         trust = Trust("l2", needed=l3 is not None)
         stream = None
         if config.enable_cdc_stream:
             stream = ChangeStream(notes.writer, config.cdc_stream_key, config.cdc_stream_maxlen)
-        cache = await _cache(config, clock, around, trust, stream, opened)
+        cache = await _cache(config, clock, around, trust, stream, opened, outside)
         l2 = None if cache is None else Trusted(cache, trust, l3, clock, pending.newest_stamp)
         healing = eviction = None
         if cache is not None and l3 is not None and config.redis_eviction_enabled:
@@ -310,7 +329,7 @@ async def build(
                 clock,
                 start=config.redis_eviction_start,
                 target=config.redis_eviction_target,
-                rng=random.Random(),  # noqa: S311  # picks victims, keeps no secret
+                rng=outside.rng(),
             )
         if cache is not None and l3 is not None:
             healing = Healing(
@@ -326,9 +345,9 @@ async def build(
                 async with asyncio.timeout(HEALED_WITHIN_S):
                     await healing.heal()
 
-        quarantine = Quarantine(config.data_dir / "quarantine", clock)
+        quarantine = outside.quarantine(config.data_dir / "quarantine", clock)
         await quarantine.open()
-        l1 = L1Cache(config.l1_max_bytes, clock=clock, rng=random.Random())  # noqa: S311  # evicts, keeps no secret
+        l1 = L1Cache(config.l1_max_bytes, clock=clock, rng=outside.rng())
         gate = Gate(
             ops_max=config.wal_max_items,
             bytes_max=config.pending_max_bytes,
@@ -387,13 +406,14 @@ async def _truth(
     around: Callable[[Tier], Tier],
     stamps: Stamps,
     opened: AsyncExitStack,
+    outside: Outside,
 ) -> Guarded | None:
     url = config.sql_url
     if url is None:
         return None
 
     async def connect() -> Tier:
-        return await SqlStore.connect(url.get_secret_value(), timeout_ms=config.sql_timeout_ms)
+        return await outside.sql(url.get_secret_value(), timeout_ms=config.sql_timeout_ms)
 
     async def connected(store: Tier) -> None:
         # Another engine's clock may have run ahead of ours: never stamp below what the truth holds.
@@ -410,6 +430,7 @@ async def _cache(
     trust: Trust,
     stream: ChangeStream | None,
     opened: AsyncExitStack,
+    outside: Outside,
 ) -> Guarded | None:
     if config.redis_url is None:
         return None
@@ -421,7 +442,7 @@ async def _cache(
         url = server.url
 
     async def connect() -> Tier:
-        return await RedisStore.connect(
+        return await outside.redis(
             url,
             config.redis_prefix,
             timeout_ms=config.redis_timeout_ms,
