@@ -50,6 +50,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """``pytest tests/crash --fault-report docs/fault-report.md`` writes what the crash tests did."""
+    parser.addoption("--seeds", type=int, default=2_000, help="how many seeds tests/simulation runs (default: 2000)")
     parser.addoption("--fault-report", type=Path, help="write the figures of the crash tests to this Markdown file")
 
 
