@@ -440,8 +440,8 @@ class WritePath:
         return (
             newest is not None
             and newest.op.stamp > entry.op.stamp
-            and entry.op.sql
-            and not newest.op.sql
+            and entry.sql_first
+            and not newest.sql_first
             and newest.hop > 0
         )
 
