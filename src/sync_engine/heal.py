@@ -62,8 +62,12 @@ class Healing:
         promotion_ttl_ms: int,
         runs: Runs,
         keep_runs: Callable[[Runs], Awaitable[None]],
+        coming: Callable[[str], int] = lambda _: 0,
     ) -> None:
-        """``cache`` is asked beside the doubt in it. ``runs``: as ``keep_runs`` was last told, by an earlier engine."""
+        """``cache`` is asked beside the doubt in it. ``runs``: as ``keep_runs`` was last told, by an earlier engine.
+
+        ``coming`` tells the newest stamp of ours for an id, 0 if nothing of ours is under way.
+        """
         self._trust = trust
         self._cache = cache
         self._truth = truth
@@ -71,6 +75,7 @@ class Healing:
         self.promotion_ttl_ms = promotion_ttl_ms
         self._runs = runs
         self._keep_runs = keep_runs
+        self._coming = coming
         self._way: _Way | None = None
         self._told = ""
 
@@ -150,14 +155,21 @@ class Healing:
         recent = now_ms - RECENT_MS << COUNTER_BITS
         expires_at = now_ms + self.promotion_ttl_ms
         missing: list[Op] = []
+        outdone: list[tuple[str, int]] = []
         unstamped: list[SyncItem] = []
         for op in ops:
             copy = held.get(op.object_id)
             if not op.stamp:
                 if copy == 0 and op.item is not None:
                     unstamped.append(op.item)
+            elif op.stamp < self._coming(op.object_id):
+                # A write of ours follows. One that skips SQL may have been in the cache and be lost there: what is left
+                # of it takes this row away, and a copy that is brought now would stay.
+                if copy is not None and copy < op.stamp:
+                    outdone.append((op.object_id, copy))
             elif copy < op.stamp if copy is not None else bring or op.stamp >= recent:
                 missing.append(_as_sent(op, None if copy is not None else expires_at))
+        await self._evict(outdone)
         sent = {op.object_id for op in missing}
         if missing:
             applied = await self._cache.apply(missing)
@@ -165,7 +177,8 @@ class Healing:
             await self._evict([(id_, held[id_]) for id_ in applied.refused if id_ in held])
             sent -= applied.superseded
         # What the cache has kept, a stream on another server may have lost.
-        await self._cache.tell([op for op in ops if op.stamp and op.object_id not in sent])
+        kept = (op for op in ops if op.object_id not in sent and op.stamp >= self._coming(op.object_id))
+        await self._cache.tell([op for op in kept if op.stamp])
         if unstamped:
             copies = (await self._cache.fetch([item.object_id for item in unstamped])).items
             differing = [item.object_id for item in unstamped if _differs(item, copies.get(item.object_id))]

@@ -340,6 +340,7 @@ async def build(
                 promotion_ttl_ms=round(config.promotion_ttl * 1000),
                 runs=notes.redis_runs,
                 keep_runs=notes.keep_redis_runs,
+                coming=pending.newest_stamp,
             )
             with suppress(SyncEngineError, TimeoutError):  # it is tried again, and told, beside the work
                 async with asyncio.timeout(HEALED_WITHIN_S):
