@@ -242,6 +242,8 @@ class Op(msgspec.Struct, frozen=True, kw_only=True, eq=False, gc=False):
     only_in_state: str | None = None
     # A fill copies what L3 holds into L2: it never passes a copy or a tombstone of its own stamp or later.
     fill: bool = False
+    # A restate that L3 had no item for: it is meant for an item that Redis alone keeps.
+    rowless: bool = False
 
     @property
     def size(self) -> int:

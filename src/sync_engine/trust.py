@@ -147,11 +147,27 @@ class Trusted(Forwarding):
                 over.set_result(None)
         truth = self._truth_beside
         if truth is not None:
+            ops = await self._without_copies_of_rows(truth, ops)
             horizon = self._clock.now_ms() - LATE_MS << COUNTER_BITS
             late = [op for op in ops if 0 < op.stamp < horizon and op.sql]
             if late:
                 return await self._apply_late(truth, ops, late)
         return await super().apply(ops)
+
+    async def _without_copies_of_rows(self, truth: Truth, ops: Sequence[Op]) -> Sequence[Op]:
+        """Let a change of state that the truth had no item for meet nothing here but what Redis alone keeps.
+
+        Another engine may have deleted the item, or written it, in the truth, and its copy here is still older than
+        that. A new stamp on such a copy would keep out what is on its way.
+        """
+        ids = [op.object_id for op in ops if op.rowless]
+        if not ids:
+            return ops
+        held, buried = await truth.held_stamps(ids), await truth.buried_stamps(ids)
+        if buried:
+            # Of the very stamp of a delete there may be an item here, for which its row had to go.
+            await super().apply([Op(kind="delete", object_id=id_, stamp=buried[id_] - 1) for id_ in sorted(buried)])
+        return [op for op in ops if not (op.rowless and op.object_id in held)]
 
     async def _apply_late(self, truth: Truth, ops: Sequence[Op], late: Sequence[Op]) -> Applied:
         """A newer copy or a tombstone in Redis may have come and gone: the truth knows what is newer.

@@ -314,6 +314,7 @@ class WritePath:
                 spoken = plan.spoken[object_id]
                 if lane is self.truth and spoken.kind == "restate" and object_id not in applied.restated:
                     entry.outdone = True  # SQL has no such item: a copy in L1 is of one that another engine deleted
+                    spoken = replace(spoken, rowless=object_id not in applied.superseded)
                 self._pending.became(entry, _as_applied(spoken, applied))
             entry.hop += 1
             newest = self._pending.get(object_id)
