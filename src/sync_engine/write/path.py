@@ -265,7 +265,13 @@ class WritePath:
                 await lane.batcher.drained()
 
     async def load(self, batch: Sequence[Entry]) -> None:
-        """Read values that only the log holds back into memory, for the flush at hand."""
+        """Read values that only the log holds back into memory, for the flush at hand.
+
+        What has been overtaken since it was queued is barred from it.
+        """
+        for entry in batch:
+            if entry.hop and self._overtaken(entry):
+                entry.barred = True
         if self._journal is None:
             return
         sources = {id(source): source for entry in batch for source in (entry, entry.base) if source is not None}
