@@ -20,7 +20,7 @@ import msgspec
 from sync_engine.errors import NotRunning, StoreError, SyncEngineError, TierUnavailable
 from sync_engine.item import Op
 from sync_engine.notes import Notes, _Noted
-from sync_engine.ports import Applied, Logged, Tier
+from sync_engine.ports import Applied, Clock, Logged, Tier
 from sync_engine.resilience import Forwarding
 from sync_engine.testing.simulation.loop import SimulatedLoop
 from sync_engine.testing.tiers import MemoryTier
@@ -226,7 +226,7 @@ class Disk:
     last_seq: int = 0
     last_stamp: int = 0
     noted: bytes = b""
-    refused: dict[int, Quarantined] = field(default_factory=dict)
+    refused: dict[tuple[int, str], Quarantined] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -377,15 +377,15 @@ class DiskNotes(Notes):
 class DiskQuarantine(Quarantine):
     """A quarantine on a ``Disk``."""
 
-    def __init__(self, disk: Disk) -> None:
-        super().__init__(Path("quarantine"))
+    def __init__(self, disk: Disk, clock: Clock) -> None:
+        super().__init__(Path("quarantine"), clock)
         self._disk = disk
 
     def _write(self, refused: Quarantined) -> None:
-        self._disk.refused[refused.op.stamp] = refused
+        self._disk.refused[refused.op.stamp, refused.op.object_id] = refused
 
     def _remove(self, refused: Quarantined) -> None:
-        self._disk.refused.pop(refused.op.stamp, None)
+        self._disk.refused.pop((refused.op.stamp, refused.op.object_id), None)
 
     def _read_all(self) -> dict[str, Quarantined]:
         return {refused.op.object_id: refused for _, refused in sorted(self._disk.refused.items())}

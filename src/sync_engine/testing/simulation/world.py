@@ -158,7 +158,7 @@ class Node:
         self.outside = Outside(
             log=self._open_log,
             notes=self._open_notes,
-            quarantine=lambda _: DiskQuarantine(self.disk),
+            quarantine=lambda _, clock: DiskQuarantine(self.disk, clock),
             sql=self._connect_sql,
             redis=self._connect_redis,
             rng=lambda: random.Random(self.world.rng.random()),
