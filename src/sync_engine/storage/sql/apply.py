@@ -1,11 +1,14 @@
 """One batch of operations inside one transaction: what each meets, what is written, what is told back.
 
-The caller opens and ends the transaction. Decisions follow the stamps: the newer one wins, a tombstone is a stamp
-too, stamp 0 is unordered and always wins. Chunks go in order of ids, so that two writers take locks alike.
+The caller opens and ends the transaction. Before anything is read the buckets of the ids are locked, so that what was
+read still holds when it is written, however many engines write. Decisions follow the stamps: the newer one wins, a
+tombstone is a stamp too, stamp 0 is unordered and always wins. Ids go in order, so that writers who know no buckets
+take locks alike.
 """
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from typing import Final, NamedTuple
 
@@ -13,24 +16,12 @@ from sync_engine.clock import COUNTER_BITS
 from sync_engine.errors import StoreError, SyncEngineError, VersionConflict
 from sync_engine.item import Op, SyncItem
 from sync_engine.ports import Applied
-from sync_engine.storage.sql.rows import Value, flat, item_of, row_of
-from sync_engine.storage.sql.sqlite import RowRefused, Session
-from sync_engine.storage.sql.sqlite_words import (
-    ANY_BURIED,
-    FORGOTTEN,
-    NOTE_MOST,
-    NOTE_STAMP,
-    PRUNE,
-    ROWS_MAX,
-    Words,
-    padded,
-)
+from sync_engine.storage.sql.dialect import BUCKETS, RowRefused, Session
+from sync_engine.storage.sql.rows import item_of, row_of
 from sync_engine.storage.sql.tables import TOMBSTONE_LIFE_MS
+from sync_engine.storage.sql.words import FORGOTTEN, Said, Words
 
-__all__ = ["apply_ops"]
-
-CHUNK_BYTES_MAX: Final = 4 * 1024 * 1024
-"""Bytes bound by one statement beyond its first row: SQLite copies every bound value."""
+__all__ = ["apply_ops", "bucket_of"]
 
 
 class _Held(NamedTuple):
@@ -46,15 +37,17 @@ _NOTHING: Final = _Held(0, 0, "", "")
 async def apply_ops(session: Session, words: Words, ops: Sequence[Op], now_ms: int) -> Applied:
     """Apply the newest operation of each id. Raises ``TierUnavailable`` or ``StoreError`` about the whole batch."""
     newest = _newest_per_id(ops)
-    ((any_buried,),) = await session.rows(ANY_BURIED)
+    await session.lock(sorted({bucket_of(op.object_id) for op in newest}))
+    ((any_buried,),) = await session.rows(words.any_buried)
     batch = _Batch(session, words, now_ms, bool(any_buried))
-    for chunk in _chunks(newest):
+    for chunk in _chunks(newest, words.rows_max, session.bytes_max):
         await batch.apply(chunk)
-    if stamp := max((op.stamp for op in newest), default=0):
-        await session.run(NOTE_STAMP, (stamp,))
     # Twice what this batch may add: the tombstones of a steady stream stay bounded by their life.
-    if batch.deletes and await session.run(PRUNE, (now_ms - TOMBSTONE_LIFE_MS, 2 * batch.deletes)):
-        await session.run(NOTE_MOST, (FORGOTTEN, now_ms - TOMBSTONE_LIFE_MS))
+    if batch.deletes and await session.run(words.prune(now_ms - TOMBSTONE_LIFE_MS, 2 * batch.deletes)):
+        await session.run(words.note_most(FORGOTTEN, now_ms - TOMBSTONE_LIFE_MS))
+    # Last: all writers meet at this row, and the next one waits there until this one has committed.
+    if stamp := max((op.stamp for op in newest), default=0):
+        await session.run(words.note_most("newest_stamp", stamp))
     return Applied(
         superseded=frozenset(batch.superseded),
         refused=batch.refused,
@@ -62,6 +55,11 @@ async def apply_ops(session: Session, words: Words, ops: Sequence[Op], now_ms: i
         existed=frozenset(batch.existed),
         spared=frozenset(batch.spared),
     )
+
+
+def bucket_of(object_id: str) -> int:
+    """The bucket whose writers take turns. Part of the format: every engine on a database must agree."""
+    return zlib.crc32(object_id.encode()) % BUCKETS
 
 
 class _Batch:
@@ -80,15 +78,15 @@ class _Batch:
         self.deletes = 0
 
     async def apply(self, ops: Sequence[Op]) -> None:
-        """One chunk: at most ``ROWS_MAX`` operations, one per id, in order of ids."""
+        """One chunk: at most ``rows_max`` operations, one per id, in order of ids."""
         session, words = self._session, self._words
-        ids = padded([op.object_id for op in ops])
+        ids = [op.object_id for op in ops]
         buried: dict[str, int] = {}
         if self._any_buried:
-            buried = dict(await session.rows(words.buried[len(ids)], ids))
+            buried = dict(await session.rows(words.buried(ids)))
         held: dict[str, _Held] = {}
         if any(op.kind != "put" or not op.sql or op.if_version is not None for op in ops):
-            held = {id_: _Held(*facts) for id_, *facts in await session.rows(words.held[len(ids)], ids)}
+            held = {id_: _Held(*facts) for id_, *facts in await session.rows(words.held(ids))}
         puts, deletes, restates = [], [], []
         for op in ops:
             if op.if_version is not None and self._conflicts(op, held.get(op.object_id), buried.get(op.object_id, 0)):
@@ -124,14 +122,14 @@ class _Batch:
 
     async def _put(self, puts: Sequence[Op], buried: dict[str, int]) -> None:
         written = 0
-        for part in _statements(puts):
+        for part in self._words.parts(puts):
             written += await self._isolating(part, self._upsert)
         accepted = [op for op in puts if op.object_id not in self.refused]
-        if written != len(accepted):
+        if accepted and (written != len(accepted) or not self._words.counts_writes):
             # Fewer rows changed than were sent: some were newer. Which ones, the table knows.
-            ids = padded([op.object_id for op in accepted])
-            held = {id_: _Held(*facts) for id_, *facts in await self._session.rows(self._words.held[len(ids)], ids)}
-            self.superseded.update(op.object_id for op in accepted if _is_newer(held.get(op.object_id), op))
+            held = await self._session.rows(self._words.held([op.object_id for op in accepted]))
+            stands = {id_: _Held(*facts) for id_, *facts in held}
+            self.superseded.update(op.object_id for op in accepted if _is_newer(stands.get(op.object_id), op))
         if buried:
             # The row's own stamp says more now. An unordered put has none, so there the tombstone keeps its watch.
             outlived = [op.object_id for op in accepted if op.stamp >= buried.get(op.object_id, 0) > 0 and op.stamp > 0]
@@ -139,7 +137,7 @@ class _Batch:
 
     async def _upsert(self, ops: Sequence[Op]) -> int:
         rows = [row_of(op.item, op.stamp) for op in ops if op.item is not None]
-        return await self._session.run(self._words.upsert[len(rows)], flat(rows))
+        return await self._session.attempt(self._words.upsert(rows))
 
     async def _delete(self, deletes: Sequence[Op], held: dict[str, _Held], buried: dict[str, int]) -> None:
         losing = {op.object_id for op in deletes if op.stamp and held.get(op.object_id, _NOTHING).stamp > op.stamp}
@@ -147,18 +145,19 @@ class _Batch:
         winning = [op for op in deletes if op.object_id not in losing]
         present = [op for op in winning if op.object_id in held]
         if present:
-            await self._isolating(present, lambda part: self._by_ids(self._words.delete, [op.object_id for op in part]))
+            await self._isolating(
+                present, lambda part: self._session.attempt(self._words.delete([op.object_id for op in part]))
+            )
         done = [op for op in winning if op.object_id not in self.refused]
         self.existed.update(op.object_id for op in done if op.object_id in held)
-        for part in _statements([op for op in done if op.stamp]):
+        for part in self._words.parts([op for op in done if op.stamp]):
             rows = [(op.object_id, op.stamp, max(self._now_ms, op.stamp >> COUNTER_BITS)) for op in part]
-            await self._session.run(self._words.bury[len(rows)], flat(rows))
+            await self._session.run(self._words.bury(rows))
             self.deletes += len(rows)
         # An unordered delete starts the id afresh.
         await self._by_ids(self._words.exhume, [op.object_id for op in done if not op.stamp and op.object_id in buried])
 
     async def _restate(self, restates: Sequence[Op], held: dict[str, _Held]) -> None:
-        session = self._session
         changing, told = [], []
         for op in restates:
             facts = held.get(op.object_id)
@@ -170,23 +169,22 @@ class _Batch:
                 told.append(op.object_id)  # applied before, and being replayed: the caller still needs the row
             else:
                 self.superseded.add(op.object_id)
-        if changing:
+        for part in self._words.parts(changing):
             await self._isolating(
-                changing,
-                lambda part: session.run_each(self._words.restate, [(op.state, op.stamp, op.object_id) for op in part]),
+                part,
+                lambda part: self._session.attempt(
+                    self._words.restate([(op.object_id, op.state, op.stamp) for op in part])
+                ),
             )
-            told += [op.object_id for op in changing if op.object_id not in self.refused]
+        told += [op.object_id for op in changing if op.object_id not in self.refused]
         if told:
-            ids = padded(told)
-            for row in await session.rows(self._words.fetch[len(ids)], ids):
+            for row in await self._session.rows(self._words.fetch(told)):
                 if isinstance(item := item_of(row), SyncItem):
                     self.restated[item.object_id] = item
 
-    async def _by_ids(self, texts: dict[int, str], ids: Sequence[str]) -> int:
-        if not ids:
-            return 0
-        values: list[Value] = [*padded(ids)]
-        return await self._session.run(texts[len(values)], values)
+    async def _by_ids(self, verb: Callable[[Sequence[str]], Said], ids: Sequence[str]) -> None:
+        if ids:
+            await self._session.run(verb(ids))
 
     async def _isolating(self, ops: Sequence[Op], run: Callable[[Sequence[Op]], Awaitable[int]]) -> int:
         """Run a statement about some operations; halve it on refusal until what is refused stands alone (Q9, I7).
@@ -201,7 +199,7 @@ class _Batch:
             if len(ops) == 1:
                 self.refused[ops[0].object_id] = StoreError(refusal.tier, refusal.reason)
                 return 0
-        # Half of a power of two is one again, as the texts need it.
+        # Half of a power of two is one again, as some texts need it.
         middle = 1 << (len(ops) - 1).bit_length() - 1
         return await self._isolating(ops[:middle], run) + await self._isolating(ops[middle:], run)
 
@@ -216,25 +214,16 @@ def _newest_per_id(ops: Iterable[Op]) -> list[Op]:
     return [newest[id_] for id_ in sorted(newest)]
 
 
-def _chunks(ops: Sequence[Op]) -> Iterator[Sequence[Op]]:
-    """Runs of at most ``ROWS_MAX`` operations and about ``CHUNK_BYTES_MAX`` bytes."""
+def _chunks(ops: Sequence[Op], rows_max: int, bytes_max: int) -> Iterator[Sequence[Op]]:
+    """Runs of at most so many operations and, beyond the first of each, about so many bytes."""
     start = size = 0
     for end, op in enumerate(ops):
-        if end > start and (end - start == ROWS_MAX or size + op.size > CHUNK_BYTES_MAX):
+        if end > start and (end - start == rows_max or size + op.size > bytes_max):
             yield ops[start:end]
             start, size = end, 0
         size += op.size
     if start < len(ops):
         yield ops[start:]
-
-
-def _statements(ops: Sequence[Op]) -> Iterator[Sequence[Op]]:
-    """The same runs cut into powers of two up to ``ROWS_MAX``: for other sizes there is no text."""
-    start = 0
-    while start < len(ops):
-        size = 1 << min(ROWS_MAX, len(ops) - start).bit_length() - 1
-        yield ops[start : start + size]
-        start += size
 
 
 def _is_spared(op: Op, held: _Held | None, buried: int) -> bool:

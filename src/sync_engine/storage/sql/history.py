@@ -12,16 +12,16 @@ from typing import Final
 from sync_engine.clock import COUNTER_BITS
 from sync_engine.item import Op, SyncItem
 from sync_engine.ports import Changes
-from sync_engine.storage.sql.rows import Row, Value, item_of
-from sync_engine.storage.sql.sqlite import Session
-from sync_engine.storage.sql.sqlite_words import FORGET_LATE, FORGOTTEN, LATE, NOTE_LEAST, READ_META, Words
+from sync_engine.storage.sql.dialect import Session
+from sync_engine.storage.sql.rows import Row, item_of
+from sync_engine.storage.sql.words import FORGOTTEN, Said, Words
 
 __all__ = ["changed_since", "forgotten", "late_since", "note_late"]
 
 LATE_LIFE_MS: Final = 7 * 86_400_000
 """How long late deliveries are remembered: as long as deletes are."""
 
-Rows = Callable[[str, Sequence[Value]], Awaitable[list[Row]]]
+Rows = Callable[[Said], Awaitable[list[Row]]]
 
 _log = logging.getLogger(__name__)
 
@@ -29,28 +29,28 @@ _log = logging.getLogger(__name__)
 async def changed_since(rows: Rows, words: Words, stamp: int, after: tuple[int, str] | None, limit: int) -> Changes:
     """``Truth.changed_since``. The page is one statement, so an id is never met as deleted and as there."""
     if stamp <= 0 and (after is None or after[0] == 0):
-        page = await rows(words.unstamped, (after[1] if after else "", limit))
+        page = await rows(words.unstamped(after[1] if after else "", limit))
         return Changes(_ops(page), (0, page[-1][0]) if len(page) == limit else (1, ""))
     first = after or (stamp, "")
-    page = await rows(words.changed, (*first, *first, limit))
+    page = await rows(words.changed(*first, limit))
     return Changes(_ops(page), (page[-1][10], page[-1][0]) if len(page) == limit else None)
 
 
-async def forgotten(rows: Rows) -> int:
+async def forgotten(rows: Rows, words: Words) -> int:
     """``Truth.forgotten``."""
-    found = await rows(READ_META, (FORGOTTEN,))
+    found = await rows(words.meta(FORGOTTEN))
     return int(found[0][0]) << COUNTER_BITS if found else 0
 
 
-async def note_late(session: Session, at_ms: int, stamp: int) -> None:
+async def note_late(session: Session, words: Words, at_ms: int, stamp: int) -> None:
     """``Truth.note_late``, in a transaction of the caller's."""
-    await session.run(NOTE_LEAST, (_late(at_ms), stamp))
-    await session.run(FORGET_LATE, (_late(at_ms - LATE_LIFE_MS),))
+    await session.run(words.note_least(_late(at_ms), stamp))
+    await session.run(words.forget_late(_late(at_ms - LATE_LIFE_MS)))
 
 
-async def late_since(rows: Rows, at_ms: int) -> int | None:
+async def late_since(rows: Rows, words: Words, at_ms: int) -> int | None:
     """``Truth.late_since``."""
-    ((stamp,),) = await rows(LATE, (_late(at_ms),))
+    ((stamp,),) = await rows(words.late(_late(at_ms)))
     return None if stamp is None else int(stamp)
 
 

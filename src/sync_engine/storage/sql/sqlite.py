@@ -6,29 +6,31 @@ to the driver's connection directly; SQLAlchemy makes the connections, and the t
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
-import re
 import sqlite3
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final, cast
 
 import aiosqlite
-from sqlalchemy import event
-from sqlalchemy.engine import URL
+from sqlalchemy import Table, event
+from sqlalchemy.dialects import sqlite
+from sqlalchemy.engine import URL, Dialect
 from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 from sqlalchemy.pool import ConnectionPoolEntry, NullPool
 
 from sync_engine.errors import ConfigError, StoreError, SyncEngineError, TierUnavailable
-from sync_engine.storage.sql.rows import Row, Value
-from sync_engine.storage.sql.sqlite_words import BEGIN, COMMIT, ROLLBACK
+from sync_engine.storage.sql import tables
+from sync_engine.storage.sql.dialect import Held, RowRefused, Session
+from sync_engine.storage.sql.rows import Row
+from sync_engine.storage.sql.sqlite_words import BEGIN, COMMIT, ROLLBACK, SqliteWords
+from sync_engine.storage.sql.words import Said
 
-__all__ = ["RowRefused", "Session", "file_of", "make_engine", "make_file"]
-
-SUPPORTED: Final = "sqlite:///relative/path or sqlite:////absolute/path"
+__all__ = ["Sqlite", "SqliteSession"]
 
 SETTINGS: Final[tuple[tuple[str, str | int], ...]] = (
     ("journal_mode", "wal"),  # readers never wait for the writer
@@ -40,12 +42,62 @@ SETTINGS: Final[tuple[tuple[str, str | int], ...]] = (
 )
 
 
-class RowRefused(StoreError):
-    """The database refused a row of the statement, for what is in it; other rows may be fine."""
+NAMES: Final = "SELECT name FROM sqlite_master WHERE type IN ('table', 'index')"
+
+COLUMNS: Final = "SELECT name, pk > 0 FROM pragma_table_info(?) ORDER BY cid"
 
 
-class Session:
+class Sqlite:
+    """A database in a file."""
+
+    dialect: Dialect = sqlite.dialect()
+    owned_tables: Sequence[Table] = tuple(tables.metadata.sorted_tables)
+
+    def __init__(self, path: Path, timeout_ms: int) -> None:
+        self._path = path
+        self._timeout_ms = timeout_ms
+        self._engine: AsyncEngine | None = None
+
+    def words(self, table: Table) -> SqliteWords:
+        """The statements about a table of items."""
+        return SqliteWords(table.name)
+
+    async def open(self) -> SqliteSession:
+        """A new connection with its settings made and read back; the first makes the file."""
+        if self._engine is None:
+            await asyncio.to_thread(make_file, self._path)
+            self._engine = make_engine(self._path, self._timeout_ms)
+        return await SqliteSession.open(self._engine)
+
+    async def names(self, session: Session) -> set[str]:
+        """Names of the tables and indexes that there are."""
+        return {name for (name,) in await session.rows(Said(NAMES))}
+
+    async def columns(self, session: Session, table: str) -> list[Held]:
+        """The columns of a table."""
+        return [Held(name, bool(in_key), None) for name, in_key in await session.rows(Said(COLUMNS, (table,)))]
+
+    def options(self, table: Table) -> str:
+        """Nothing stands behind CREATE TABLE (...)."""
+        return ""
+
+    async def adapt(self, session: Session, table: Table) -> None:
+        """Ids are compared by bytes whatever the table."""
+
+    async def close(self) -> None:
+        """Let go of the engine."""
+        if self._engine is not None:
+            await self._engine.dispose()
+
+    def __repr__(self) -> str:
+        return f"sqlite {self._path.name!r}"
+
+
+class SqliteSession:
     """One connection. Statements run in call order; a caller that goes away does not stop its statement."""
+
+    bytes_max = 4 * 1024 * 1024  # SQLite copies every bound value
+    broken = False
 
     def __init__(self, connection: AsyncConnection, driver: aiosqlite.Connection) -> None:
         self._connection = connection
@@ -53,7 +105,7 @@ class Session:
         self.running = 0
 
     @classmethod
-    async def open(cls, engine: AsyncEngine) -> Session:
+    async def open(cls, engine: AsyncEngine) -> SqliteSession:
         """A new connection with its settings made."""
         try:
             connection = await engine.connect()
@@ -65,29 +117,26 @@ class Session:
             raise ConfigError(f"SQLite is reached through aiosqlite, not through {type(driver).__name__}")
         return cls(connection, driver)
 
-    async def rows(self, sql: str, values: Sequence[Value] = ()) -> list[Row]:
+    async def rows(self, said: Said) -> list[Row]:
         """Run one statement; all its rows."""
         self.running += 1
         try:
-            return cast(list[Row], await self._driver.execute_fetchall(sql, values))
+            return cast(list[Row], await self._driver.execute_fetchall(*said))
         except DRIVER_ERRORS as error:
             raise meaning(error) from error
         finally:
             self.running -= 1
 
-    async def run(self, sql: str, values: Sequence[Value] = ()) -> int:
+    async def run(self, said: Said) -> int:
         """Run one statement that changes rows; how many it changed."""
         try:
-            return (await self._driver.execute(sql, values)).rowcount
+            return (await self._driver.execute(*said)).rowcount
         except DRIVER_ERRORS as error:
             raise meaning(error) from error
 
-    async def run_each(self, sql: str, rows: Iterable[Sequence[Value]]) -> int:
-        """Run one statement per row of values; how many rows they changed together."""
-        try:
-            return (await self._driver.executemany(sql, rows)).rowcount
-        except DRIVER_ERRORS as error:
-            raise meaning(error) from error
+    async def attempt(self, said: Said) -> int:
+        """The same: an error undoes its own statement and no other, unless a trigger says otherwise."""
+        return await self.run(said)
 
     @property
     def in_transaction(self) -> bool:
@@ -96,19 +145,30 @@ class Session:
 
     async def begin(self) -> None:
         """Open a transaction that may write, waiting for other writers as long as the settings allow."""
-        await self.run(BEGIN)
+        await self.run(Said(BEGIN))
+
+    async def lock(self, buckets: Sequence[int]) -> None:
+        """There is one writer at a time already."""
 
     async def commit(self) -> None:
         """Make the transaction durable."""
-        await self.run(COMMIT)
+        await self.run(Said(COMMIT))
 
     async def rollback(self) -> None:
         """Undo the transaction; its own end is no error."""
         try:
-            await self.run(ROLLBACK)
+            await self.run(Said(ROLLBACK))
         except SyncEngineError:
             if self.in_transaction:
                 raise
+
+    async def begin_migration(self) -> None:
+        """Tables are made in a transaction like any other."""
+        await self.begin()
+
+    async def end_migration(self, done: bool) -> None:
+        """Keep or undo what was made."""
+        await (self.commit() if done else self.rollback())
 
     async def close(self) -> None:
         """Close the connection after what it is doing."""
@@ -116,23 +176,6 @@ class Session:
             await self._connection.close()
         except (DBAPIError, *DRIVER_ERRORS) as error:
             raise meaning(error) from error
-
-
-def file_of(url: str) -> Path:
-    """The file that a URL names. Raises ``ConfigError``, which never quotes the URL: it may hold a password."""
-    # Not by SQLAlchemy, whose versions differ in whether they decode %xx in a path. Here a path is what it says.
-    parsed = re.fullmatch(r"([A-Za-z][\w+.-]*)://(.*)", url, re.DOTALL)
-    if parsed is None:
-        raise ConfigError(f"sql_url: not a URL; give {SUPPORTED}")
-    scheme, rest = parsed.groups()
-    if scheme not in ("sqlite", "sqlite+aiosqlite"):
-        raise ConfigError(f"sql_url: {scheme[:32]} is not supported; give {SUPPORTED}")
-    if not rest.startswith("/") or "?" in rest:
-        raise ConfigError(f"sql_url: SQLite takes a path and nothing else; give {SUPPORTED}")
-    path = rest[1:]
-    if path in ("", ":memory:") or path.startswith("file:") or "\0" in path:
-        raise ConfigError(f"sql_url: the truth needs a file that outlives the process; give {SUPPORTED}")
-    return Path(path).absolute()
 
 
 def make_file(path: Path) -> None:

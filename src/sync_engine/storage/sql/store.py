@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Sequence
-from pathlib import Path
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
 from typing import Any, Final, TypeVar
 from uuid import uuid4
-
-from sqlalchemy.ext.asyncio import AsyncEngine
 
 from sync_engine.clock import SystemClock
 from sync_engine.errors import ConfigError, TierUnavailable
@@ -16,11 +13,13 @@ from sync_engine.item import Op, SyncItem, check_id, check_state
 from sync_engine.ports import Applied, BatchWriteResult, Changes, Clock, Fetched
 from sync_engine.storage.sql import history, tables
 from sync_engine.storage.sql.apply import apply_ops
+from sync_engine.storage.sql.connect import database_of
+from sync_engine.storage.sql.dialect import Database, Session
+from sync_engine.storage.sql.lanes import Lane
 from sync_engine.storage.sql.migrate import prepare
 from sync_engine.storage.sql.pages import PAGE_ROWS, check_limit, check_text, paged, range_of, sound
-from sync_engine.storage.sql.rows import Row, Value, item_of
-from sync_engine.storage.sql.sqlite import Session, file_of, make_engine, make_file
-from sync_engine.storage.sql.sqlite_words import IDS_MAX, READ_META, padded, words_of
+from sync_engine.storage.sql.rows import Row, item_of
+from sync_engine.storage.sql.words import Said
 
 __all__ = ["SqlStore"]
 
@@ -41,41 +40,40 @@ class SqlStore:
 
     name = "l3"
 
-    def __init__(self, path: Path, engine: AsyncEngine, sessions: Sequence[Session], clock: Clock) -> None:
-        self._path = path
-        self._engine = engine
-        self._writer, *self._readers = sessions
+    def __init__(self, database: Database, first: Session, clock: Clock) -> None:
+        self._database = database
+        # The connections there will ever be. The first is there; the others are opened when they have something to do.
+        self._writer = Lane(database, first)
+        self._readers = [Lane(database) for _ in range(READERS)]
         self._clock = clock
-        self._words = words_of(tables.items)
-        self._writing = asyncio.Lock()
+        self._words = database.words(tables.items)
         self._tasks: set[asyncio.Task[Any]] = set()
         self._closing: asyncio.Task[None] | None = None
 
     @classmethod
     async def connect(cls, url: str, *, timeout_ms: int = 5000, clock: Clock | None = None) -> SqlStore:
-        """Open (or make) the database that the URL names, ``sqlite:///path``, and its tables.
+        """Open the database that the URL names (SQLite: or make it), and make its tables.
 
-        ``timeout_ms`` is how long a write waits for the lock of another process. Raises ``ConfigError`` for a
-        URL that is not supported, ``StoreError`` for a file that is not ours to use, ``TierUnavailable`` for
-        one that is locked.
+        ``sqlite:///path``, ``mysql://user:password@host/database`` (or ``mariadb://``) and
+        ``postgresql://user:password@host/database``; options and TLS in docs/operations.md. ``timeout_ms`` is how long
+        a write waits for the lock of another one. Raises ``ConfigError`` for a URL that is not supported or a driver
+        that is missing, ``StoreError`` for a database that is not ours to use, ``TierUnavailable`` for one that
+        cannot be reached or is locked.
         """
         if type(timeout_ms) is not int or not 1 <= timeout_ms <= 600_000:
             raise ConfigError(f"timeout_ms = {timeout_ms!r}: must be an integer from 1 to 600000")
         clock = clock or SystemClock()
-        path = file_of(url)
-        await asyncio.to_thread(make_file, path)
-        engine = make_engine(path, timeout_ms)
-        sessions: list[Session] = []
+        database = database_of(url, timeout_ms)
+        session = None
         try:
-            for _ in range(1 + READERS):
-                sessions.append(await Session.open(engine))
-            await prepare(sessions[0], clock.now_ms())
+            session = await database.open()
+            await prepare(database, session, clock.now_ms())
         except BaseException:  # cancelled or failed alike: the caller has no store to close
-            for session in sessions:
+            if session is not None:
                 await session.close()
-            await engine.dispose()
+            await database.close()
             raise
-        return cls(path, engine, sessions, clock)
+        return cls(database, session, clock)
 
     # The port: many ids first, facts back.
 
@@ -105,17 +103,17 @@ class SqlStore:
         if not ops:
             return Applied()
         now_ms = self._clock.now_ms()
-        return await self._owned(lambda: self._transaction(lambda own: apply_ops(own, self._words, ops, now_ms)))
+        return await self._owned(lambda: self._writer.transaction(lambda own: apply_ops(own, self._words, ops, now_ms)))
 
     async def list_state_ids(self, state: str, limit: int = 1000, *, after: str | None = None) -> list[str]:
         """Ids in the state, ascending, those greater than ``after``."""
         values = (check_state(state), check_text("after", after or ""), check_limit(limit))
-        rows = await self._reader().rows(self._words.ids_in_state, values)
+        rows = await self._rows(self._words.ids_in_state(*values))
         return [id_ for (id_,) in rows]
 
     async def count_by_state(self, state: str, /) -> int:
         """How many items are in the state."""
-        return await self._number(self._words.count_state, (check_state(state),))
+        return await self._number(self._words.count_state(check_state(state)))
 
     async def get_by_state(self, state: str, limit: int = 1000, *, after: str | None = None) -> list[SyncItem]:
         """Items in the state, ascending by id, those greater than ``after``. Raises ``Corruption``."""
@@ -131,17 +129,17 @@ class SqlStore:
     async def list_prefix_ids(self, prefix: str, limit: int = 1000, *, after: str | None = None) -> list[str]:
         """Ids that start with the prefix, ascending by code point, those greater than ``after``."""
         shape, bounds = range_of(check_text("prefix", prefix), check_text("after", after or ""))
-        rows = await self._reader().rows(self._words.ids_in_range[shape], (*bounds, check_limit(limit)))
+        rows = await self._rows(self._words.ids_in_range(shape, bounds, check_limit(limit)))
         return [id_ for (id_,) in rows]
 
     async def count_prefix(self, prefix: str, /) -> int:
         """How many ids start with the prefix; the empty prefix counts all."""
         shape, bounds = range_of(check_text("prefix", prefix), "")
-        return await self._number(self._words.count_range[shape], bounds)
+        return await self._number(self._words.count_range(shape, bounds))
 
     async def newest_stamp(self) -> int:
         """A stamp that no write this store has accepted exceeds; 0 when it never accepted one."""
-        return await self._number(READ_META, ("newest_stamp",))
+        return await self._number(self._words.meta("newest_stamp"))
 
     async def held_stamps(self, ids: Sequence[str], /) -> dict[str, int]:
         """The stamps of the rows that there are."""
@@ -157,15 +155,17 @@ class SqlStore:
 
     async def forgotten(self) -> int:
         """A stamp below which tombstones may have been removed."""
-        return await history.forgotten(self._rows)
+        return await history.forgotten(self._rows, self._words)
 
     async def note_late(self, at_ms: int, stamp: int, /) -> None:
         """Remember durably that from this moment on a cache is given an operation of this old stamp."""
-        await self._owned(lambda: self._transaction(lambda own: history.note_late(own, at_ms, stamp)))
+        await self._owned(
+            lambda: self._writer.transaction(lambda own: history.note_late(own, self._words, at_ms, stamp))
+        )
 
     async def late_since(self, at_ms: int, /) -> int | None:
         """The oldest stamp noted as late at that moment or after it."""
-        return await history.late_since(self._rows, at_ms)
+        return await history.late_since(self._rows, self._words, at_ms)
 
     async def close(self) -> None:
         """Finish what runs, then close the connections. Safe to call twice."""
@@ -178,7 +178,7 @@ class SqlStore:
     async def get(self, object_id: str) -> SyncItem | None:
         """The item, or None where there is none. Raises ``Corruption`` where its content fails its SHA-256."""
         check_id(object_id)
-        rows = await self._reader().rows(self._words.fetch[1], (object_id,))
+        rows = await self._rows(self._words.fetch([object_id]))
         return sound(item_of(rows[0])) if rows else None
 
     async def get_many(self, ids: Sequence[str]) -> dict[str, SyncItem]:
@@ -225,7 +225,7 @@ class SqlStore:
 
     async def count(self) -> int:
         """How many items there are."""
-        return await self._number(self._words.count, ())
+        return await self._number(self._words.count)
 
     async def iter_prefix(self, prefix: str) -> AsyncIterator[SyncItem]:
         """All items whose id starts with the prefix, page by page; writes in between may or may not be seen."""
@@ -239,28 +239,24 @@ class SqlStore:
 
     def __repr__(self) -> str:
         condition = "open" if self._closing is None else "closed"
-        return f"<SqlStore sqlite {self._path.name!r} {condition} | {len(self._tasks)} writes running>"
+        return f"<SqlStore {self._database!r} {condition} | {len(self._tasks)} writes running>"
 
     # How.
 
-    def _reader(self) -> Session:
+    async def _rows(self, said: Said) -> list[Row]:
         if self._closing is not None:
             raise TierUnavailable(self.name, "the store is closed")
-        return min(self._readers, key=_running)
+        return await min(self._readers, key=_running).rows(said)
 
-    async def _rows(self, sql: str, values: Sequence[Value]) -> list[Row]:
-        return await self._reader().rows(sql, values)
-
-    async def _number(self, sql: str, values: Sequence[Value]) -> int:
-        ((number,),) = await self._reader().rows(sql, values)
+    async def _number(self, said: Said) -> int:
+        ((number,),) = await self._rows(said)
         return int(number)
 
-    async def _by_ids(self, texts: dict[int, str], ids: Sequence[str]) -> list[Row]:
+    async def _by_ids(self, verb: Callable[[Sequence[str]], Said], ids: Sequence[str]) -> list[Row]:
         wanted = [check_id(id_) for id_ in dict.fromkeys(ids)]
         rows: list[Row] = []
-        for start in range(0, len(wanted), IDS_MAX):
-            chunk = padded(wanted[start : start + IDS_MAX])
-            rows += await self._reader().rows(texts[len(chunk)], chunk)
+        for start in range(0, len(wanted), self._words.ids_max):
+            rows += await self._rows(verb(wanted[start : start + self._words.ids_max]))
         return rows
 
     def _in_range(self, prefix: str, after: str | None, limit: int | None) -> AsyncIterator[SyncItem]:
@@ -268,7 +264,7 @@ class SqlStore:
 
         async def page(after: str, size: int) -> list[Row]:
             shape, bounds = range_of(prefix, after)
-            return await self._reader().rows(self._words.range[shape], (*bounds, size))
+            return await self._rows(self._words.range(shape, bounds, size))
 
         return paged(page, check_text("after", after or ""), limit)
 
@@ -276,20 +272,9 @@ class SqlStore:
         check_state(state)
 
         async def page(after: str, size: int) -> list[Row]:
-            return await self._reader().rows(self._words.in_state, (state, after, size))
+            return await self._rows(self._words.in_state(state, after, size))
 
         return paged(page, check_text("after", after or ""), limit)
-
-    async def _transaction(self, work: Callable[[Session], Awaitable[_T]]) -> _T:
-        async with self._writing:
-            try:
-                await self._writer.begin()
-                done = await work(self._writer)
-                await self._writer.commit()
-            except BaseException:  # cancelled or failed alike: an open transaction would take in the next writes
-                await self._writer.rollback()
-                raise
-            return done
 
     async def _owned(self, work: Callable[[], Coroutine[Any, Any, _T]]) -> _T:
         """Run to the end whatever becomes of the caller: half a transaction would hold the lock for ever."""
@@ -302,14 +287,14 @@ class SqlStore:
 
     async def _close(self) -> None:
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        for session in (self._writer, *self._readers):
-            await session.close()
-        await self._engine.dispose()
+        for lane in (self._writer, *self._readers):
+            await lane.close()
+        await self._database.close()
 
 
 def _put(item: SyncItem) -> Op:
     return Op(kind="put", object_id=item.object_id, stamp=item.stamp, item=item)
 
 
-def _running(session: Session) -> int:
-    return session.running
+def _running(lane: Lane) -> int:
+    return lane.running

@@ -9,8 +9,19 @@ from __future__ import annotations
 from typing import Final
 
 from sqlalchemy import BigInteger, Column, Index, Integer, LargeBinary, MetaData, String, Table, Text, text
+from sqlalchemy.dialects import mysql
 
-__all__ = ["ADOPTABLE", "SCHEMA_VERSION", "TOMBSTONE_LIFE_MS", "item_table", "items", "meta", "metadata", "tombstones"]
+__all__ = [
+    "ADOPTABLE",
+    "SCHEMA_VERSION",
+    "TOMBSTONE_LIFE_MS",
+    "item_table",
+    "items",
+    "locks",
+    "meta",
+    "metadata",
+    "tombstones",
+]
 
 SCHEMA_VERSION: Final = 1
 """Raised when a table changes so that older code would misread it."""
@@ -22,7 +33,18 @@ TOMBSTONE_LIFE_MS: Final = 7 * 86_400_000
 """How long a delete is remembered: far longer than a put waits in a log that is being flushed."""
 
 _Int64 = BigInteger().with_variant(Integer(), "sqlite")
-_Id = String(255).with_variant(Text(), "sqlite")
+_Flag = Integer().with_variant(mysql.TINYINT(), "mysql")
+_Text = Text().with_variant(mysql.LONGTEXT(), "mysql")
+_Bytes = LargeBinary().with_variant(mysql.LONGBLOB(), "mysql")
+
+
+def _short(length: int) -> String:
+    """Text that is compared, by its bytes: so does SQLite by itself, and MySQL by the table's collation."""
+    plain = String(length)
+    return plain.with_variant(Text(), "sqlite").with_variant(String(length, collation="C"), "postgresql")
+
+
+_Id = _short(255)
 
 metadata = MetaData()
 
@@ -36,12 +58,12 @@ def item_table(name: str) -> Table:
         Column("id", _Id, primary_key=True),
         Column("version", _Int64, nullable=False, server_default=text("1")),
         Column("timestamp", _Int64, nullable=False),
-        Column("payload_hash", String(64).with_variant(Text(), "sqlite")),
-        Column("payload", Text),
-        Column("payload_blob", LargeBinary),
+        Column("payload_hash", _short(64)),
+        Column("payload", _Text),
+        Column("payload_blob", _Bytes),
         Column("audit", Text),
-        Column("merkle_dirty", Integer, nullable=False, server_default=text("1")),
-        Column("state", String(32).with_variant(Text(), "sqlite"), nullable=False, server_default=text("'default'")),
+        Column("merkle_dirty", _Flag, nullable=False, server_default=text("1")),
+        Column("state", _short(32), nullable=False, server_default=text("'default'")),
         Column("access_count", _Int64, nullable=False, server_default=text("0")),
         Column("last_accessed", _Int64, nullable=False, server_default=text("0")),
         Column("stamp", _Int64),
@@ -75,3 +97,6 @@ meta = Table(
 
 ``schema_version``; ``newest_stamp``, which no accepted write exceeds; ``forgotten_ms``: deletes before that moment may
 be forgotten; ``late:{ms}``: the oldest stamp that Redis was given late from that moment on (``Truth.note_late``)."""
+
+locks = Table("sync_locks", MetaData(), Column("bucket", Integer, primary_key=True, autoincrement=False))
+"""For MySQL, which has no other locks that end with a transaction: a row for each bucket of ids (dialect.BUCKETS)."""

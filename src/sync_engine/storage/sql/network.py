@@ -1,0 +1,116 @@
+"""What sessions over a network share: statements that nobody's cancellation cuts short, and an end to all waiting.
+
+A statement that is cut short leaves its connection in the middle of an answer, which the next caller would then
+read. So each runs in a task of the session's, in turn, and ends by itself: by its answer, by an error, or because
+the connection is torn down when its time is over.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from abc import ABC, abstractmethod
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
+
+from sync_engine.errors import SyncEngineError, TierUnavailable
+
+__all__ = ["Limits", "NetworkSession"]
+
+T = TypeVar("T")
+
+
+class Limits:
+    """How long what may take, from the one number that users set."""
+
+    def __init__(self, timeout_ms: int) -> None:
+        self.lock_ms = timeout_ms
+        self.statement_ms = max(4 * timeout_ms, 5_000)
+        """For the server: a statement that takes longer is given up."""
+        self.answer_s = (self.statement_ms + max(timeout_ms, 1_000)) / 1000
+        """For us: a server that has not answered by then never will."""
+        self.connect_s = max(timeout_ms, 2_000) / 1000
+
+
+class NetworkSession(ABC):
+    """One connection and who waits for it."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.running = 0
+        self._limits = limits
+        self._turn = asyncio.Lock()
+        self._calls: set[asyncio.Task[Any]] = set()
+        self._in_transaction = False
+        self._lost = False
+
+    @property
+    def broken(self) -> bool:
+        """Whether the connection is gone."""
+        return self._lost or self._gone()
+
+    @property
+    def in_transaction(self) -> bool:
+        """Whether a transaction is open."""
+        return self._in_transaction and not self.broken
+
+    async def close(self) -> None:
+        """Close the connection, after what it is doing."""
+        try:
+            if not self.broken:
+                await self._whole(self._say_goodbye)
+        except SyncEngineError:
+            pass  # it was going anyway
+        finally:
+            self._lost = True
+            self._tear()
+
+    async def _whole(self, work: Callable[[], Awaitable[T]]) -> T:
+        task: asyncio.Task[T] = asyncio.get_running_loop().create_task(self._in_turn(work))
+        self._calls.add(task)
+        task.add_done_callback(self._ended)
+        return await asyncio.shield(task)
+
+    def _ended(self, call: asyncio.Task[Any]) -> None:
+        self._calls.discard(call)
+        if not call.cancelled():
+            call.exception()  # its caller has seen it, or is gone
+
+    async def _in_turn(self, work: Callable[[], Awaitable[T]]) -> T:
+        self.running += 1
+        try:
+            async with self._turn:
+                if self.broken:
+                    raise TierUnavailable("l3", "the connection was lost")
+                late = asyncio.get_running_loop().call_later(self._limits.answer_s, self._give_up)
+                try:
+                    return await work()
+                except SyncEngineError:
+                    raise
+                except Exception as error:
+                    raise self._meaning(error) from error
+                except BaseException:  # cancelled, by the end of the loop alone: half an answer may be on its way
+                    self._give_up()
+                    raise
+                finally:
+                    late.cancel()
+        finally:
+            self.running -= 1
+
+    def _give_up(self) -> None:
+        self._lost = True
+        self._tear()
+
+    @abstractmethod
+    def _meaning(self, error: Exception) -> BaseException:
+        """What an error of the driver means; anything that is none of the driver's comes back as it is."""
+
+    @abstractmethod
+    def _gone(self) -> bool:
+        """Whether the driver knows that the connection is gone."""
+
+    @abstractmethod
+    def _tear(self) -> None:
+        """Tear the connection down, now, without a word; who waits for an answer gets an error."""
+
+    @abstractmethod
+    async def _say_goodbye(self) -> None:
+        """Close the connection in order."""

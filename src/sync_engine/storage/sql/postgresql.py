@@ -1,0 +1,316 @@
+"""PostgreSQL through asyncpg: the settings of every connection, one statement at a time, what its errors mean."""
+
+from __future__ import annotations
+
+import ssl
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+from sqlalchemy import Table
+from sqlalchemy.dialects import postgresql
+from sqlalchemy.engine import Dialect
+
+from sync_engine.errors import ConfigError, StoreError, SyncEngineError, TierUnavailable
+from sync_engine.storage.sql import tables
+from sync_engine.storage.sql.address import Address, tls_context
+from sync_engine.storage.sql.dialect import Held, Outrun, RowRefused, Session
+from sync_engine.storage.sql.network import Limits, NetworkSession
+from sync_engine.storage.sql.postgresql_words import PostgresqlWords
+from sync_engine.storage.sql.rows import Row
+from sync_engine.storage.sql.words import Said
+
+__all__ = ["Postgresql"]
+
+OPTIONS: Final = ("host", "sslmode", "sslrootcert", "sslcert", "sslkey")
+
+LOCK_SPACE: Final = 0x53594E43
+"""First half of our advisory locks ("SYNC"); the second is the bucket, or this for migrations."""
+MIGRATING: Final = 1 << 20
+
+LOCK: Final = "SELECT pg_advisory_xact_lock($1, bucket) FROM unnest($2::int4[]) AS bucket"
+# Array order is kept: one scan, no join, nothing to sort.
+
+NAMES: Final = """\
+SELECT tablename FROM pg_catalog.pg_tables WHERE schemaname = current_schema()
+UNION ALL SELECT indexname FROM pg_catalog.pg_indexes WHERE schemaname = current_schema()"""
+
+COLUMNS: Final = """\
+SELECT a.attname, coalesce(a.attnum = ANY (i.indkey), false), c.collname
+FROM pg_catalog.pg_attribute a
+JOIN pg_catalog.pg_class t ON t.oid = a.attrelid
+JOIN pg_catalog.pg_namespace n ON n.oid = t.relnamespace AND n.nspname = current_schema()
+LEFT JOIN pg_catalog.pg_index i ON i.indrelid = t.oid AND i.indisprimary
+LEFT JOIN pg_catalog.pg_collation c ON c.oid = a.attcollation
+WHERE t.relname = $1 AND t.relkind IN ('r', 'p') AND a.attnum > 0 AND NOT a.attisdropped
+ORDER BY a.attnum"""
+
+SETTING: Final = "SELECT current_setting(name) FROM unnest($1::text[]) AS name"
+
+
+class Postgresql:
+    """A database of a PostgreSQL server."""
+
+    dialect: Dialect = postgresql.dialect()
+    owned_tables: Sequence[Table] = tuple(tables.metadata.sorted_tables)
+
+    def __init__(self, address: Address, timeout_ms: int) -> None:
+        self._driver = _driver()
+        self._limits = Limits(timeout_ms)
+        address.allow(OPTIONS)
+        self._asked = {
+            "host": address.options.get("host") or address.host,
+            "port": address.port,
+            "user": address.user,
+            "password": address.password,
+            "database": address.database,
+            "ssl": _tls(address.options),
+        }
+        self._settings = {
+            "application_name": "sync-engine",
+            "client_encoding": "UTF8",
+            "TimeZone": "UTC",
+            "lock_timeout": f"{self._limits.lock_ms}ms",
+            "statement_timeout": f"{self._limits.statement_ms}ms",
+            # A transaction of ours never waits for us; one that does belongs to a process that stands still.
+            "idle_in_transaction_session_timeout": f"{self._limits.statement_ms}ms",
+            "synchronous_commit": "on",  # the log forgets what was committed here, so it must survive a power loss
+            "default_transaction_isolation": "read committed",
+            "default_transaction_read_only": "off",
+            "standard_conforming_strings": "on",
+            "bytea_output": "hex",
+        }
+
+    def words(self, table: Table) -> PostgresqlWords:
+        """The statements about a table of items."""
+        return PostgresqlWords(table.name)
+
+    async def open(self) -> PostgresqlSession:
+        """A new connection with its settings made and read back."""
+        try:
+            connection = await self._driver.connect(
+                **self._asked, server_settings=self._settings, timeout=self._limits.connect_s, statement_cache_size=100
+            )
+        except Exception as error:
+            raise _at_connect(self._driver, error) from error
+        session = PostgresqlSession(connection, self._driver, self._limits)
+        try:
+            await self._check(session)
+        except BaseException:  # cancelled or failed alike: nobody else would close it
+            await session.close()
+            raise
+        return session
+
+    async def _check(self, session: PostgresqlSession) -> None:
+        wanted = {name: value for name, value in self._settings.items() if name != "application_name"}
+        held = await session.rows(Said(SETTING, (list(wanted),)))
+        for (name, value), (kept,) in zip(wanted.items(), held, strict=True):
+            if not _same(value, kept):
+                raise StoreError("l3", f"PostgreSQL keeps {name} at {kept!r} where {value!r} is needed")
+        ((encoding,),) = await session.rows(Said(SETTING, (["server_encoding"],)))
+        if encoding != "UTF8":
+            raise StoreError("l3", f"the database stores text as {encoding}; ids are ordered as UTF-8")
+
+    async def names(self, session: Session) -> set[str]:
+        """Names of the tables and indexes that there are."""
+        return {name for (name,) in await session.rows(Said(NAMES))}
+
+    async def columns(self, session: Session, table: str) -> list[Held]:
+        """The columns of a table."""
+        return [Held(*row) for row in await session.rows(Said(COLUMNS, (table,)))]
+
+    def options(self, table: Table) -> str:
+        """Nothing stands behind CREATE TABLE (...)."""
+        return ""
+
+    async def adapt(self, session: Session, table: Table) -> None:
+        """Make a table that was here before compare its texts by bytes."""
+        held = {column.name: column for column in await self.columns(session, table.name)}
+        for column in table.c:
+            wanted = column.type.dialect_impl(self.dialect)
+            if getattr(wanted, "collation", None) and held[column.name].collation not in ("C", None):
+                kind = wanted.compile(self.dialect)
+                await session.run(Said(f"ALTER TABLE {table.name} ALTER COLUMN {column.name} TYPE {kind}"))
+
+    async def close(self) -> None:
+        """There is nothing that sessions share."""
+
+    def __repr__(self) -> str:
+        return "postgresql"
+
+
+class PostgresqlSession(NetworkSession):
+    """One connection."""
+
+    bytes_max = 4 * 1024 * 1024
+
+    def __init__(self, connection: Any, driver: Any, limits: Limits) -> None:
+        super().__init__(limits)
+        self._connection = connection
+        self._driver = driver
+
+    async def rows(self, said: Said) -> list[Row]:
+        """Run one statement; all its rows."""
+
+        async def work() -> list[Row]:
+            return list(map(tuple, await self._connection.fetch(said.text, *said.values)))
+
+        return await self._whole(work)
+
+    async def run(self, said: Said) -> int:
+        """Run one statement that changes rows; how many it changed."""
+
+        async def work() -> int:
+            status = (await self._connection.execute(said.text, *said.values)).rpartition(" ")[2]
+            return int(status) if status.isdigit() else 0
+
+        return await self._whole(work)
+
+    async def attempt(self, said: Said) -> int:
+        """The same behind a savepoint: an error would otherwise end the whole transaction."""
+        await self._say("SAVEPOINT here")
+        try:
+            changed = await self.run(said)
+        except RowRefused:
+            await self._say("ROLLBACK TO SAVEPOINT here")
+            raise
+        await self._say("RELEASE SAVEPOINT here")
+        return changed
+
+    async def begin(self) -> None:
+        """Open a transaction."""
+        await self._say("BEGIN")
+        self._in_transaction = True
+
+    async def lock(self, buckets: Sequence[int]) -> None:
+        """Be the only writer of these buckets."""
+        await self.rows(Said(LOCK, (LOCK_SPACE, buckets)))
+
+    async def commit(self) -> None:
+        """Make the transaction durable."""
+        await self._say("COMMIT")
+        self._in_transaction = False
+
+    async def rollback(self) -> None:
+        """Undo the transaction."""
+        self._in_transaction = False
+        if not self.broken:
+            await self._say("ROLLBACK")
+
+    async def begin_migration(self) -> None:
+        """A transaction that no other migration shares."""
+        await self.begin()
+        await self.lock([MIGRATING])
+
+    async def end_migration(self, done: bool) -> None:
+        """Keep or undo what was made."""
+        await (self.commit() if done else self.rollback())
+
+    async def _say(self, text: str) -> None:
+        await self._whole(lambda: self._connection.execute(text))
+
+    def _meaning(self, error: Exception) -> BaseException:
+        return _meaning(self._driver, error)
+
+    def _gone(self) -> bool:
+        return bool(self._connection.is_closed())
+
+    def _tear(self) -> None:
+        self._connection.terminate()
+
+    async def _say_goodbye(self) -> None:
+        await self._connection.close(timeout=self._limits.connect_s)
+
+
+def _driver() -> Any:
+    try:
+        import asyncpg
+    except ImportError:
+        raise ConfigError(
+            "sql_url: PostgreSQL needs asyncpg, which is missing. Run: pip install 'sync-engine[postgresql]'"
+        ) from None
+    return asyncpg
+
+
+def _tls(options: Mapping[str, str]) -> ssl.SSLContext | str | bool | None:
+    """By libpq's ``sslmode``. Without it: TLS where the server has it, as libpq does."""
+    mode = options.get("sslmode", "prefer")
+    if mode in ("disable", "allow", "prefer"):
+        return mode
+    if mode not in ("require", "verify-ca", "verify-full"):
+        raise ConfigError("sql_url: sslmode must be disable, allow, prefer, require, verify-ca or verify-full")
+    ca = options.get("sslrootcert")
+    return tls_context(
+        ca,
+        options.get("sslcert"),
+        options.get("sslkey"),
+        verify=mode != "require" or ca is not None,
+        verify_name=mode == "verify-full",
+    )
+
+
+def _same(wanted: str, kept: str) -> bool:
+    return wanted == kept or _ms(wanted) == _ms(kept) is not None
+
+
+def _ms(told: str) -> int | None:
+    """Milliseconds of a setting, which PostgreSQL tells in the largest unit that fits."""
+    for unit, factor in (("ms", 1), ("min", 60_000), ("s", 1000), ("h", 3_600_000)):
+        if told.endswith(unit) and told[: -len(unit)].isdigit():
+            return int(told[: -len(unit)]) * factor
+    return None
+
+
+_PASSING: Final = {
+    "08": "the connection failed",
+    "25006": "the server takes no writes",
+    "26": "a prepared statement is gone; is there a pooler in between?",
+    "28": "the server refuses user or password",
+    "3D": "there is no such database",
+    "3F": "there is no such schema",
+    "42501": "the user may not do this",
+    "42P01": "a table is missing",
+    "42703": "a column is missing",
+    "53": "the server is out of resources",
+    "55": "a lock was not to be had in time",
+    "57": "the server stopped the statement",
+    "58": "the server has trouble with its system",
+    "F0": "the server has trouble with its configuration",
+    "XX": "the server has trouble with itself",
+}
+"""Troubles of the moment or of the machine: nothing is known of the items, and asking later can help."""
+
+_REFUSED: Final = ("22", "23", "44", "54", "P0")
+"""Data exceptions, constraints, views' checks, program limits (a row, an index entry is too large), triggers."""
+
+
+def _meaning(driver: Any, error: Exception) -> BaseException:
+    """What an error means, decided in this one place."""
+    if isinstance(error, SyncEngineError):
+        return error
+    code = getattr(error, "sqlstate", None)
+    if isinstance(error, driver.PostgresError) and isinstance(code, str):
+        if code in ("40001", "40P01"):
+            return Outrun("l3", f"another transaction was in the way ({code})")
+        if passing := _PASSING.get(code) or _PASSING.get(code[:2]):
+            return TierUnavailable("l3", f"{passing} ({code})")
+        kind = RowRefused if code[:2] in _REFUSED else StoreError
+        # Not `detail`, which quotes the row.
+        return kind("l3", f"{error.args[0] if error.args else type(error).__name__} ({code})")
+    if isinstance(error, driver.InterfaceError | driver.InternalClientError):
+        if isinstance(error, ValueError):  # asyncpg's DataError on our side: a value that has no form on the wire
+            return RowRefused("l3", "a value does not fit its column")
+        return TierUnavailable("l3", f"the connection cannot be used ({type(error).__name__})")
+    if isinstance(error, TimeoutError | OSError):
+        return TierUnavailable("l3", f"the server cannot be reached ({type(error).__name__})")
+    if isinstance(error, UnicodeError):
+        return RowRefused("l3", "a text is not valid Unicode")
+    return error
+
+
+def _at_connect(driver: Any, error: Exception) -> BaseException:
+    if isinstance(error, ssl.SSLError):
+        return TierUnavailable("l3", f"no TLS with the server ({error.reason or type(error).__name__})")
+    if isinstance(error, driver.ClientConfigurationError):
+        return ConfigError("sql_url: PostgreSQL's driver does not understand it")
+    meant = _meaning(driver, error)
+    return TierUnavailable("l3", meant.reason) if isinstance(meant, StoreError) else meant

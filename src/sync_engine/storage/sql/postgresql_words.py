@@ -1,0 +1,101 @@
+"""What PostgreSQL says in its own way: whole columns are bound as arrays, so that a text serves any number of rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import count
+from typing import Final, TypeVar
+
+from sync_engine.storage.sql.rows import Value
+from sync_engine.storage.sql.words import Said, Words
+
+__all__ = ["PostgresqlWords"]
+
+T = TypeVar("T")
+
+UPSERT: Final = """\
+INSERT INTO $items AS held (id, version, timestamp, payload_hash, payload, payload_blob, audit, state,
+  access_count, last_accessed, stamp, merkle_dirty)
+SELECT told.*, 1 FROM unnest(?::text[], ?::int8[], ?::int8[], ?::text[], ?::text[], ?::bytea[], ?::text[], ?::text[],
+  ?::int8[], ?::int8[], ?::int8[]) AS told
+ON CONFLICT (id) DO UPDATE SET
+  version = excluded.version, timestamp = excluded.timestamp, payload_hash = excluded.payload_hash,
+  payload = excluded.payload, payload_blob = excluded.payload_blob, audit = excluded.audit,
+  merkle_dirty = CASE WHEN held.payload_hash IS DISTINCT FROM excluded.payload_hash OR held.version <> excluded.version
+    THEN 1 ELSE held.merkle_dirty END,
+  state = excluded.state, access_count = excluded.access_count, last_accessed = excluded.last_accessed,
+  stamp = excluded.stamp
+WHERE excluded.stamp IS NULL
+  OR excluded.stamp > coalesce(held.stamp, 0)
+  OR (excluded.stamp = held.stamp AND excluded.payload_hash >= coalesce(held.payload_hash, ''))"""
+
+RESTATE: Final = """\
+UPDATE $items AS held SET state = told.state, stamp = coalesce(nullif(told.stamp, 0), held.stamp)
+FROM unnest(?::text[], ?::text[], ?::int8[]) AS told (id, state, stamp) WHERE held.id = told.id"""
+
+BURY: Final = """\
+INSERT INTO sync_tombstones (id, stamp, deleted_at_ms) SELECT * FROM unnest(?::text[], ?::int8[], ?::int8[])
+ON CONFLICT (id) DO UPDATE SET stamp = excluded.stamp, deleted_at_ms = excluded.deleted_at_ms
+WHERE excluded.stamp > sync_tombstones.stamp"""
+
+# SKIP LOCKED: what another writer is burying anew is not outdated, and waiting for it could be a deadlock.
+PRUNE: Final = """\
+DELETE FROM sync_tombstones WHERE id = ANY (ARRAY(SELECT id FROM sync_tombstones
+  WHERE deleted_at_ms < ? ORDER BY deleted_at_ms LIMIT ? FOR UPDATE SKIP LOCKED))"""
+
+# Both sides cut to a page: a sort of everything newer would otherwise stand between two pages.
+CHANGED: Final = """\
+(SELECT $columns, 0 FROM $items WHERE (stamp, id) > (?, ?) ORDER BY stamp, id LIMIT ?)
+UNION ALL
+(SELECT id, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, stamp, 1
+ FROM sync_tombstones WHERE (stamp, id) > (?, ?) ORDER BY stamp, id LIMIT ?)
+ORDER BY 11, 1 LIMIT ?"""
+
+
+class PostgresqlWords(Words):
+    """The statements about one item table."""
+
+    # Up to 1,000 rows a statement become faster, beyond 4,000 slower: docs/performance.md.
+    rows_max = 1000
+    ids_max = 1000
+    columns = (
+        "id, version, timestamp, payload_hash, payload, payload_blob, audit, state, access_count, last_accessed, stamp"
+    )
+    counts_writes = True
+    changed_text = CHANGED
+
+    def __init__(self, table: str) -> None:
+        super().__init__(table)
+        self._upsert = self._text(UPSERT)
+        self._restate = self._text(RESTATE)
+        self._bury = self._text(BURY)
+        self._prune = self._text(PRUNE)
+
+    def upsert(self, rows: Sequence[Sequence[Value]]) -> Said:
+        return Said(self._upsert, list(zip(*rows, strict=True)))
+
+    def bury(self, rows: Sequence[tuple[str, int, int]]) -> Said:
+        return Said(self._bury, list(zip(*rows, strict=True)))
+
+    def restate(self, rows: Sequence[tuple[str, str | None, int]]) -> Said:
+        return Said(self._restate, list(zip(*rows, strict=True)))
+
+    def prune(self, before_ms: int, most: int) -> Said:
+        return Said(self._prune, (before_ms, most))
+
+    def changed(self, stamp: int, id_: str, limit: int) -> Said:
+        return Said(self._changed, (stamp, id_, limit, stamp, id_, limit, limit))
+
+    def parts(self, rows: Sequence[T]) -> Iterator[Sequence[T]]:
+        for start in range(0, len(rows), self.rows_max):
+            yield rows[start : start + self.rows_max]
+
+    def mark(self, number: int) -> str:
+        return f"${number}"
+
+    def _marked(self, text: str) -> str:
+        numbers = count(1)
+        return "".join(self.mark(next(numbers)) if char == "?" else char for char in text)
+
+    def _among(self, title: str, ids: Sequence[str]) -> Said:
+        return Said(self._of_size(title, 0, among="= ANY (?::text[])"), (ids,))
