@@ -20,7 +20,7 @@ QUICK := not slow and not crash and not servers
 # Passed on by demo, bench and docs-test: make demo ARGS="--places 1000"
 ARGS ?=
 
-.PHONY: help demo test lint bench docs-test other-pythons strace redis-tools python constraints audit clean
+.PHONY: help demo test lint bench docs-test other-pythons strace redis-tools databases python constraints audit clean
 
 help:
 	@echo 'make demo       30,000 places through memory, Redis and SQL, with a kill -9 on the way (takes ARGS=...)'
@@ -34,7 +34,7 @@ help:
 demo: .venv/ready-demo
 	@$(BIN)/sync-engine demo $(ARGS)
 
-test: lint strace redis-tools other-pythons
+test: lint strace redis-tools databases other-pythons
 	@echo '== tests, $(WORKERS) processes'
 	@$(BIN)/pytest -n $(WORKERS) --dist worksteal
 
@@ -81,6 +81,20 @@ redis-tools:
 	  echo '== redis-tools is missing: installing it' && \
 	  { export DEBIAN_FRONTEND=noninteractive; apt-get install -y -qq redis-tools || { apt-get update -qq && apt-get install -y -qq redis-tools; }; } >/dev/null 2>&1; \
 	} || echo '!! NO REDIS-TOOLS, AND IT COULD NOT BE INSTALLED: the tests that need Redis 7.0, TLS or redis-cli will fail'
+
+# The servers of the SQL tests, as programs alone: no service of theirs is started. Those of mariadb-server-core know
+# none; PostgreSQL's package would make a cluster and start it, unless told not to. Their tests fail where they miss.
+databases:
+	@command -v mariadbd >/dev/null && ls /usr/lib/postgresql/*/bin/postgres >/dev/null 2>&1 || { \
+	  echo '== MariaDB or PostgreSQL is missing: installing them' && \
+	  export DEBIAN_FRONTEND=noninteractive && \
+	  { apt-get install -y -qq --no-install-recommends mariadb-server-core mariadb-client-core postgresql-common \
+	    || { apt-get update -qq && apt-get install -y -qq --no-install-recommends mariadb-server-core mariadb-client-core postgresql-common; }; \
+	  } >/dev/null 2>&1 && \
+	  { ls /usr/lib/postgresql/*/bin/postgres >/dev/null 2>&1 || { \
+	    sed -i 's/^#* *create_main_cluster *=.*/create_main_cluster = false/' /etc/postgresql-common/createcluster.conf && \
+	    apt-get install -y -qq --no-install-recommends postgresql; } >/dev/null 2>&1; }; \
+	} || echo '!! NO MARIADB OR NO POSTGRESQL, AND THEY COULD NOT BE INSTALLED: the tests that need them will fail'
 
 python:
 	@$(PYTHON) -c 'import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 11))' || { \

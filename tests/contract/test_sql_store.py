@@ -1,4 +1,4 @@
-"""SQLite on a real file keeps the contract, bare and behind a breaker."""
+"""Every database keeps the same contract, bare and behind a breaker."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from sync_engine.testing.contract import TruthContract
 
 
 @pytest.fixture
-async def store(sqlite_url: str) -> AsyncIterator[SqlStore]:
-    store = await SqlStore.connect(sqlite_url)
+async def store(sql_url: str) -> AsyncIterator[SqlStore]:
+    store = await SqlStore.connect(sql_url)
     yield store
     await store.close()
 

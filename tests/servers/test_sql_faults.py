@@ -17,6 +17,15 @@ import pytest
 from sync_engine.errors import StoreError, TierUnavailable
 from sync_engine.item import Op, SyncItem
 from sync_engine.storage.sql import SqlStore
+from sync_engine.storage.sql.words import Said
+from sync_engine.testing.databases import ask
+
+
+@pytest.fixture
+async def store(sql_url: str) -> AsyncIterator[SqlStore]:
+    store = await SqlStore.connect(sql_url)
+    yield store
+    await store.close()
 
 
 @pytest.fixture
@@ -25,7 +34,8 @@ def path(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-async def store(path: Path) -> AsyncIterator[SqlStore]:
+async def in_file(path: Path) -> AsyncIterator[SqlStore]:
+    """SQLite, which knows one writer at a time."""
     store = await SqlStore.connect(f"sqlite:///{path}", timeout_ms=50)
     yield store
     await store.close()
@@ -47,31 +57,38 @@ def another_writer(path: Path) -> Iterator[sqlite3.Connection]:
         connection.close()
 
 
-def trigger(path: Path, event: str, action: str) -> None:
+async def trigger(url: str, event: str, action: str = "ABORT") -> None:
+    """Have the database refuse rows whose id begins with "bad"."""
     row = "old" if event == "DELETE" else "new"
-    connection = sqlite3.connect(path)
-    connection.execute(
-        f"CREATE TRIGGER no_{event} BEFORE {event} ON sync_items WHEN {row}.id LIKE 'bad%' "
-        f"BEGIN SELECT RAISE({action}, 'not here'); END"
-    )
-    connection.close()
+    told = f"CREATE TRIGGER no_{event} BEFORE {event} ON sync_items"
+    match url.partition(":")[0]:
+        case "sqlite":
+            told += f" WHEN {row}.id LIKE 'bad%' BEGIN SELECT RAISE({action}, 'not here'); END"
+        case "mysql":
+            told += f" FOR EACH ROW BEGIN IF {row}.id LIKE 'bad%' THEN"
+            told += " SIGNAL SQLSTATE '45000' SET MESSAGE_TEXT = 'not here'; END IF; END"
+        case _:
+            body = f"BEGIN IF {row}.id LIKE 'bad%' THEN RAISE EXCEPTION 'not here'; END IF; RETURN {row}; END"
+            await ask(url, f"CREATE FUNCTION no_{event}() RETURNS trigger LANGUAGE plpgsql AS $$ {body} $$")
+            told += f" FOR EACH ROW EXECUTE FUNCTION no_{event}()"
+    await ask(url, told)
 
 
-async def test_while_another_writes_reads_go_on_and_writes_are_unavailable(store: SqlStore, path: Path) -> None:
-    await store.apply([put("a", 1)])
+async def test_while_another_writes_reads_go_on_and_writes_are_unavailable(in_file: SqlStore, path: Path) -> None:
+    await in_file.apply([put("a", 1)])
     with another_writer(path) as other:
         other.execute("DELETE FROM sync_items")
         with pytest.raises(TierUnavailable, match="locked") as unavailable:
-            await store.apply([put("a", 2, b"y")])
+            await in_file.apply([put("a", 2, b"y")])
         assert unavailable.value.tier == "l3"
         assert unavailable.value.retryable
-        assert await store.exists("a")
-        assert await store.count() == 1
-    await store.apply([put("a", 2, b"y")])
-    assert (await store.get_many(["a"]))["a"].content == b"y"
+        assert await in_file.exists("a")
+        assert await in_file.count() == 1
+    await in_file.apply([put("a", 2, b"y")])
+    assert (await in_file.get_many(["a"]))["a"].content == b"y"
 
 
-async def test_connecting_needs_no_lock_where_the_tables_are_there(store: SqlStore, path: Path) -> None:
+async def test_connecting_needs_no_lock_where_the_tables_are_there(in_file: SqlStore, path: Path) -> None:
     with another_writer(path):
         second = await SqlStore.connect(f"sqlite:///{path}", timeout_ms=50)
         assert await second.count() == 0
@@ -89,8 +106,8 @@ async def test_a_new_file_that_another_holds_is_unavailable_and_leaks_no_thread(
     assert set(threading.enumerate()) <= before
 
 
-async def test_Q9_I7_refused_rows_stand_alone_and_the_rest_goes_through(store: SqlStore, path: Path) -> None:
-    trigger(path, "INSERT", "ABORT")
+async def test_Q9_I7_refused_rows_stand_alone_and_the_rest_goes_through(store: SqlStore, sql_url: str) -> None:
+    await trigger(sql_url, "INSERT")
     ops = [put(f"good{number:03}", 1) for number in range(700)] + [put(f"bad{number}", 1) for number in (1, 2, 3)]
     applied = await store.apply(ops)
     assert set(applied.refused) == {"bad1", "bad2", "bad3"}
@@ -105,19 +122,19 @@ async def test_Q9_I7_refused_rows_stand_alone_and_the_rest_goes_through(store: S
         await store.put(SyncItem("bad1", b"x"))
 
 
-async def test_I7_a_refused_row_beside_a_superseded_one_is_not_mistaken_for_it(store: SqlStore, path: Path) -> None:
+async def test_I7_a_refused_row_beside_a_superseded_one_is_not_mistaken_for_it(store: SqlStore, sql_url: str) -> None:
     await store.apply([put("newer", 9)])
-    trigger(path, "INSERT", "ABORT")
+    await trigger(sql_url, "INSERT")
     applied = await store.apply([put("bad", 5), put("newer", 5), put("other", 5)])
     assert set(applied.refused) == {"bad"}
     assert applied.superseded == {"newer"}
     assert await store.exists("other")
 
 
-async def test_I7_refused_deletes_and_restates_stand_alone(store: SqlStore, path: Path) -> None:
+async def test_I7_refused_deletes_and_restates_stand_alone(store: SqlStore, sql_url: str) -> None:
     await store.apply([put(id_, 1) for id_ in ("a", "bad", "c")])
-    trigger(path, "DELETE", "ABORT")
-    trigger(path, "UPDATE", "ABORT")
+    await trigger(sql_url, "DELETE")
+    await trigger(sql_url, "UPDATE")
     applied = await store.apply([Op(kind="restate", object_id=id_, stamp=2, state="s") for id_ in ("a", "bad", "c")])
     assert set(applied.refused) == {"bad"}
     assert set(applied.restated) == {"a", "c"}
@@ -127,29 +144,29 @@ async def test_I7_refused_deletes_and_restates_stand_alone(store: SqlStore, path
     assert await store.exists("bad")
 
 
-async def test_Q10_a_batch_that_fails_midway_leaves_nothing_behind(store: SqlStore, path: Path) -> None:
+async def test_Q10_a_batch_that_fails_midway_leaves_nothing_behind(in_file: SqlStore, path: Path) -> None:
     """The original wrote the first chunks and sent all of them to the log again."""
-    trigger(path, "INSERT", "ROLLBACK")
+    await trigger(f"sqlite:///{path}", "INSERT", "ROLLBACK")
     with pytest.raises(StoreError, match="rolled back"):
-        await store.apply([put(f"a{number:04}", 1) for number in range(1000)] + [put("bad", 1)])
-    assert await store.count() == 0
-    assert await store.newest_stamp() == 0
-    await store.apply([put("a", 1)])
-    assert await store.count() == 1
+        await in_file.apply([put(f"a{number:04}", 1) for number in range(1000)] + [put("bad", 1)])
+    assert await in_file.count() == 0
+    assert await in_file.newest_stamp() == 0
+    await in_file.apply([put("a", 1)])
+    assert await in_file.count() == 1
 
 
-async def test_Q10_a_full_disk_is_unavailable_leaves_nothing_behind_and_passes(store: SqlStore) -> None:
-    await store._writer.rows("PRAGMA max_page_count = 40")
+async def test_Q10_a_full_disk_is_unavailable_leaves_nothing_behind_and_passes(in_file: SqlStore) -> None:
+    await (await in_file._writer.session()).rows(Said("PRAGMA max_page_count = 40"))
     ops = [put(f"a{number}", 1, bytes(20_000)) for number in range(100)]
     with pytest.raises(TierUnavailable, match="disk is full"):
-        await store.apply(ops)
-    assert await store.count() == 0
-    await store._writer.rows("PRAGMA max_page_count = 100000")
-    await store.apply(ops)
-    assert await store.count() == 100
+        await in_file.apply(ops)
+    assert await in_file.count() == 0
+    await (await in_file._writer.session()).rows(Said("PRAGMA max_page_count = 100000"))
+    await in_file.apply(ops)
+    assert await in_file.count() == 100
 
 
-async def test_a_cancelled_caller_leaves_no_open_transaction(store: SqlStore, path: Path) -> None:
+async def test_a_cancelled_caller_leaves_no_open_transaction(store: SqlStore) -> None:
     for steps in range(60):
         ops = [put(f"a{number}", steps + 1, b"%d" % steps) for number in range(300)]
         task = asyncio.create_task(store.apply(ops))
@@ -158,9 +175,9 @@ async def test_a_cancelled_caller_leaves_no_open_transaction(store: SqlStore, pa
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
         await store.apply([put("next", steps + 1)])  # waits for what the cancelled caller left running
-        with another_writer(path):
-            contents = {item.content for item in await store.scan_prefix("a")}
-            assert len(contents) <= 1, "half a batch is visible"
+        assert not (await store._writer.session()).in_transaction
+        contents = {item.content for item in await store.scan_prefix("a")}
+        assert len(contents) <= 1, "half a batch is visible"
 
 
 async def test_cancelled_reads_never_give_another_call_their_answer(store: SqlStore) -> None:
@@ -175,10 +192,10 @@ async def test_cancelled_reads_never_give_another_call_their_answer(store: SqlSt
         item = await store.get(ids[(number + 7) % 50])
         assert item is not None
         assert item.content.decode() == ids[(number + 7) % 50]
-    assert all(session.running == 0 for session in store._readers)
+    assert all(lane.running == 0 for lane in store._readers)
 
 
-async def test_close_finishes_what_runs_and_later_calls_say_why(store: SqlStore, path: Path) -> None:
+async def test_close_finishes_what_runs_and_later_calls_say_why(store: SqlStore, sql_url: str) -> None:
     writes = [asyncio.create_task(store.apply([put(f"a{number}", 1)])) for number in range(20)]
     await asyncio.sleep(0)
     await asyncio.gather(store.close(), store.close())
@@ -186,7 +203,7 @@ async def test_close_finishes_what_runs_and_later_calls_say_why(store: SqlStore,
     for call in (store.get("a"), store.apply([put("a", 1)]), store.count(), store.newest_stamp()):
         with pytest.raises(TierUnavailable, match="closed"):
             await call
-    second = await SqlStore.connect(f"sqlite:///{path}")
+    second = await SqlStore.connect(sql_url)
     assert await second.count() == 20
     await second.close()
 
@@ -197,6 +214,8 @@ WRITER = """
 import asyncio, sys
 from sync_engine.item import Op, SyncItem
 from sync_engine.storage.sql import SqlStore
+from sync_engine.storage.sql.words import Said
+from sync_engine.testing.databases import ask
 
 async def main(url, me, rounds):
     store = await SqlStore.connect(url)
@@ -223,33 +242,33 @@ async def child(*arguments: object) -> asyncio.subprocess.Process:
     )
 
 
-async def test_I1_processes_that_write_the_same_ids_end_with_the_newest(store: SqlStore, path: Path) -> None:
-    children = [await child(f"sqlite:///{path}", me, 20) for me in (1, 2)]
+async def test_I1_processes_that_write_the_same_ids_end_with_the_newest(store: SqlStore, sql_url: str) -> None:
+    children = [await child(sql_url, me, 20) for me in (1, 2)]
     assert [await process.wait() for process in children] == [0, 0]
     assert {(item.content, item.stamp) for item in await store.scan_prefix("a")} == {(b"192", 192)}
     assert await store.newest_stamp() == 192
 
 
-async def test_a_store_that_nobody_closed_does_not_hold_up_the_end_of_the_process(path: Path) -> None:
-    process = await child(f"sqlite:///{path}", 1, 1, "leave")
+async def test_a_store_that_nobody_closed_does_not_hold_up_the_end_of_the_process(sql_url: str) -> None:
+    process = await child(sql_url, 1, 1, "leave")
     assert await asyncio.wait_for(process.wait(), 30) == 0
 
 
-async def test_I3_what_was_applied_survives_kill_9_and_batches_are_whole(path: Path) -> None:
+async def test_I3_what_was_applied_survives_kill_9_and_batches_are_whole(sql_url: str) -> None:
     for _ in range(5):
-        process = await child(f"sqlite:///{path}", 1, 100_000)
+        process = await child(sql_url, 1, 100_000)
         assert process.stdout is not None
         told = [await process.stdout.readline() for _ in range(25)]
         process.send_signal(signal.SIGKILL)
         told += (await process.stdout.read()).splitlines(keepends=True)
         await process.wait()
         applied = max(int(line) for line in told if line.endswith(b"\n"))
-        store = await SqlStore.connect(f"sqlite:///{path}")
+        store = await SqlStore.connect(sql_url)
         items = await store.scan_prefix("a")
         assert len(items) == 50
         assert len({item.content for item in items}) == 1, "half a batch is visible"
         assert items[0].stamp >= applied
         assert await store.newest_stamp() == items[0].stamp
         await store.delete_many([item.object_id for item in items])
-        await store._writer.rows("UPDATE sync_meta SET value = 0 WHERE name = 'newest_stamp'")
+        await ask(sql_url, "UPDATE sync_meta SET value = 0 WHERE name = 'newest_stamp'")
         await store.close()

@@ -1,4 +1,4 @@
-"""Fixtures for pytest: real Redis servers of every kind, some to be killed, and prefixes that no two tests share.
+"""Fixtures for pytest: real servers, Redis of every kind and databases, some to be killed; names nobody shares.
 
 Use them with ``pytest_plugins = ["sync_engine.testing.fixtures"]`` in the top ``conftest.py``. They need no plugin
 for asyncio, and a server started here serves any event loop. Where what a server needs is missing, every test that
@@ -22,21 +22,26 @@ import pytest
 from sync_engine.embedded import EmbeddedRedis
 from sync_engine.errors import ConfigError
 from sync_engine.testing.clusters import ClusterSet
+from sync_engine.testing.databases import RunningDatabase, RunningMariaDB, RunningPostgres
 from sync_engine.testing.sentinels import SentinelSet
 from sync_engine.testing.servers import KINDS, RedisKind, RunningRedis, acl_rule, tls_files
 
 __all__ = [
     "StartCluster",
+    "StartDatabase",
     "StartKind",
     "StartRedis",
     "StartSentinel",
     "kind_server",
     "kind_servers",
     "kind_url",
+    "mariadb_server",
     "own_cluster",
+    "own_database",
     "own_kind",
     "own_redis",
     "own_sentinel",
+    "postgres_server",
     "redis_acl",
     "redis_cluster",
     "redis_prefix",
@@ -45,6 +50,7 @@ __all__ = [
     "redis_tls",
     "redis_url",
     "server_kind",
+    "sql_url",
     "sqlite_url",
 ]
 
@@ -57,6 +63,11 @@ StartSentinel = Callable[..., Coroutine[Any, Any, SentinelSet]]
 StartCluster = Callable[..., Coroutine[Any, Any, ClusterSet]]
 """``cluster = await own_cluster(**arguments of ClusterSet)``."""
 
+StartDatabase = Callable[..., Coroutine[Any, Any, RunningDatabase]]
+"""``server = await own_database("mariadb", **arguments of RunningMariaDB)``, or ``"postgresql"``."""
+
+DATABASES = {"mariadb": RunningMariaDB, "postgresql": RunningPostgres}
+
 PREFIX = "t"
 """What every ``redis_prefix`` begins with."""
 
@@ -67,6 +78,7 @@ class _Startable(Protocol):
 
 
 S = TypeVar("S", bound=_Startable)
+R = TypeVar("R")
 
 
 @pytest.fixture(scope="session")
@@ -181,6 +193,38 @@ def sqlite_url(tmp_path: Path) -> str:
     return f"sqlite:///{tmp_path / 'truth.db'}"
 
 
+@pytest.fixture(scope="session")
+def mariadb_server() -> Iterator[RunningMariaDB]:
+    """The session's MariaDB. Not to be killed: see ``own_database``."""
+    yield from _for_the_session(RunningMariaDB())
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[RunningPostgres]:
+    """The session's PostgreSQL. Not to be killed: see ``own_database``."""
+    yield from _for_the_session(RunningPostgres())
+
+
+@pytest.fixture(params=["sqlite", *DATABASES])
+def sql_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """URL of an empty database of this test's own, in each kind that there is."""
+    if request.param == "sqlite":
+        yield f"sqlite:///{tmp_path / 'truth.db'}"
+        return
+    server: RunningDatabase = request.getfixturevalue(
+        {"mariadb": "mariadb_server"}.get(request.param, "postgres_server")
+    )
+    url = _run(server.database())
+    yield url
+    _run(server.drop(url))
+
+
+@pytest.fixture
+def own_database() -> Iterator[StartDatabase]:
+    """Starts database servers that belong to this test alone, to be killed and paused; all end with the test."""
+    yield from _starter(lambda kind, **arguments: DATABASES[kind](**arguments))
+
+
 def _for_the_session(server: S) -> Iterator[S]:
     _run(_started(server))
     yield server
@@ -208,12 +252,12 @@ async def _started(server: _Startable) -> None:
         pytest.fail(str(error), pytrace=False)
 
 
-def _run(work: Coroutine[Any, Any, None]) -> None:
+def _run(work: Coroutine[Any, Any, R]) -> R:
     # On a thread of its own: what asks for a server may do so within a test, whose loop is running on this one.
     with ThreadPoolExecutor(1) as thread:
-        thread.submit(_run_here, work).result()
+        return thread.submit(_run_here, work).result()
 
 
-def _run_here(work: Coroutine[Any, Any, None]) -> None:
+def _run_here(work: Coroutine[Any, Any, R]) -> R:
     with asyncio.Runner(loop_factory=asyncio.new_event_loop) as runner:
-        runner.run(work)
+        return runner.run(work)

@@ -67,6 +67,9 @@ class Mysql:
 
     def __init__(self, address: Address, timeout_ms: int) -> None:
         self._driver = _driver()
+        driver_log = logging.getLogger("asyncmy")  # the server's warnings, which quote values
+        if driver_log.level == logging.NOTSET:
+            driver_log.setLevel(logging.ERROR)
         self._limits = Limits(timeout_ms)
         address.allow(OPTIONS)
         self._asked = {
@@ -80,6 +83,7 @@ class Mysql:
             "ssl": _tls(address.options),
         }
         self._collation = ""
+        self._warned = False
 
     def words(self, table: Table) -> MysqlWords:
         """The statements about a table of items."""
@@ -119,6 +123,7 @@ class Mysql:
             "sql_mode": SQL_MODE,
             "time_zone": "+00:00",
             "autocommit": "ON",
+            "sql_notes": "OFF",
             "innodb_lock_wait_timeout": lock_s,
             "lock_wait_timeout": lock_s,
             "collation_connection": self._collation,
@@ -141,7 +146,8 @@ class Mysql:
         if isolation != "READ-COMMITTED" or held["character_set_client"] != "utf8mb4":
             raise StoreError("l3", f"the server keeps transactions at {isolation!r} where READ COMMITTED is needed")
         session.packet_max = int(held["max_allowed_packet"])
-        if held.get("innodb_flush_log_at_trx_commit", "1") != "1":
+        if held.get("innodb_flush_log_at_trx_commit", "1") != "1" and not self._warned:
+            self._warned = True
             _log.warning("the server syncs commits late (innodb_flush_log_at_trx_commit): a power loss may lose some")
 
     async def _held(self, session: MysqlSession) -> dict[str, str]:

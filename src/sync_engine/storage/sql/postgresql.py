@@ -50,7 +50,7 @@ SETTING: Final = "SELECT current_setting(name) FROM unnest($1::text[]) AS name"
 class Postgresql:
     """A database of a PostgreSQL server."""
 
-    dialect: Dialect = postgresql.dialect()
+    dialect: Dialect = postgresql.dialect()  # type: ignore[no-untyped-call]  # SQLAlchemy's own
     owned_tables: Sequence[Table] = tuple(tables.metadata.sorted_tables)
 
     def __init__(self, address: Address, timeout_ms: int) -> None:
