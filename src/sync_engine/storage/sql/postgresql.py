@@ -293,9 +293,10 @@ def _meaning(driver: Any, error: Exception) -> BaseException:
             return Outrun("l3", f"another transaction was in the way ({code})")
         if passing := _PASSING.get(code) or _PASSING.get(code[:2]):
             return TierUnavailable("l3", f"{passing} ({code})")
-        kind = RowRefused if code[:2] in _REFUSED else StoreError
-        # Not `detail`, which quotes the row.
-        return kind("l3", f"{error.args[0] if error.args else type(error).__name__} ({code})")
+        told = str(error.args[0]) if error.args else type(error).__name__  # not `detail`, which quotes the row
+        if told.startswith("invalid input for query argument"):  # of the driver itself, and it quotes the value
+            told = "a value does not fit its column"
+        return (RowRefused if code[:2] in _REFUSED else StoreError)("l3", f"{told} ({code})")
     if isinstance(error, driver.InterfaceError | driver.InternalClientError):
         if isinstance(error, ValueError):  # asyncpg's DataError on our side: a value that has no form on the wire
             return RowRefused("l3", "a value does not fit its column")

@@ -15,6 +15,7 @@ __all__ = [
     "ADOPTABLE",
     "SCHEMA_VERSION",
     "TOMBSTONE_LIFE_MS",
+    "index_name",
     "item_table",
     "items",
     "locks",
@@ -51,7 +52,6 @@ metadata = MetaData()
 
 def item_table(name: str) -> Table:
     """The table of items called ``name``; times are epoch milliseconds."""
-    prefix = "idx_" if name == "sync_items" else f"idx_{name}_"  # SQLite's index names share one name space
     return Table(
         name,
         metadata,
@@ -67,11 +67,18 @@ def item_table(name: str) -> Table:
         Column("access_count", _Int64, nullable=False, server_default=text("0")),
         Column("last_accessed", _Int64, nullable=False, server_default=text("0")),
         Column("stamp", _Int64),
-        Index(f"{prefix}timestamp", "timestamp"),
-        Index(f"{prefix}merkle_dirty", "merkle_dirty"),
-        Index(f"{prefix}state", "state", "id"),  # with the id: pages of a state are read in order, by key
-        Index(f"{prefix}stamp", "stamp", "id"),  # what changed since, in order; by key, since stamps may be equal
+        Index(index_name(name, "timestamp"), "timestamp"),
+        Index(index_name(name, "merkle_dirty"), "merkle_dirty"),
+        Index(index_name(name, "state"), "state", "id"),  # with the id: pages of a state are read in order, by key
+        Index(
+            index_name(name, "stamp"), "stamp", "id"
+        ),  # what changed since, in order; by key, since stamps may be equal
     )
+
+
+def index_name(table: str, column: str) -> str:
+    """The name of an index of an item table: SQLite's and PostgreSQL's share one name space."""
+    return f"idx_{column}" if table == "sync_items" else f"idx_{table}_{column}"
 
 
 items = item_table("sync_items")
