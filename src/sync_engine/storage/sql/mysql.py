@@ -119,7 +119,7 @@ class Mysql:
                 raise StoreError("l3", "the server is too old: MariaDB 10.2 or MySQL 8.0.17 compare ids by bytes")
             self._collation = next(name for name in COLLATIONS if name in found)
         lock_s = math.ceil(self._limits.lock_ms / 1000)
-        wanted: dict[str, str | int] = {
+        wanted: dict[str, str | float] = {
             "sql_mode": SQL_MODE,
             "time_zone": "+00:00",
             "autocommit": "ON",
@@ -130,7 +130,7 @@ class Mysql:
         }
         held = await self._held(session)
         if "max_statement_time" in held:  # MariaDB: seconds
-            wanted["max_statement_time"] = self._limits.statement_ms / 1000  # type: ignore[assignment]  # a fraction
+            wanted["max_statement_time"] = self._limits.statement_ms / 1000
         else:
             wanted["max_execution_time"] = self._limits.statement_ms
         # Constants of this file and checked numbers; SET takes no bound values at every server.
@@ -145,6 +145,7 @@ class Mysql:
         isolation = held.get("transaction_isolation", held.get("tx_isolation"))
         if isolation != "READ-COMMITTED" or held["character_set_client"] != "utf8mb4":
             raise StoreError("l3", f"the server keeps transactions at {isolation!r} where READ COMMITTED is needed")
+        session.limits_statements = "max_statement_time" in wanted
         session.packet_max = int(held["max_allowed_packet"])
         if held.get("innodb_flush_log_at_trx_commit", "1") != "1" and not self._warned:
             self._warned = True
@@ -202,6 +203,8 @@ class MysqlSession(NetworkSession):
 
     packet_max = 16 * 1024 * 1024
     """The server's ``max_allowed_packet``: it closes the connection of whoever sends more."""
+    limits_statements = False
+    """Whether the server ends statements of every kind that take too long: MariaDB does, MySQL queries alone."""
 
     def __init__(self, connection: Any, driver: Any, limits: Limits) -> None:
         super().__init__(limits)
@@ -264,11 +267,19 @@ class MysqlSession(NetworkSession):
         ((had,),) = await self.rows(Said(MIGRATION_LOCK, (math.ceil(self._limits.lock_ms / 1000),)))
         if had != 1:
             raise TierUnavailable("l3", "another engine is making the tables")
+        await self._let_take_s(0)
+        self._patient = True
 
     async def end_migration(self, done: bool) -> None:
         """Let others in."""
+        self._patient = False
         if not self.broken:
+            await self._let_take_s(self._limits.statement_ms / 1000)
             await self.rows(Said(MIGRATION_OVER))
+
+    async def _let_take_s(self, seconds: float) -> None:
+        if self.limits_statements:
+            await self.run(Said(f"SET SESSION max_statement_time = {seconds}"))
 
     def _check_size(self, said: Said) -> None:
         values = [value for value in said.values if isinstance(value, str | bytes)]
@@ -323,7 +334,7 @@ def _tls(options: Mapping[str, str]) -> ssl.SSLContext | None:
     )
 
 
-def _same(wanted: str | int, kept: str) -> bool:
+def _same(wanted: str | float, kept: str) -> bool:
     if isinstance(wanted, str):
         return set(wanted.split(",")) == set(kept.split(","))
     try:

@@ -10,13 +10,16 @@ from __future__ import annotations
 import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 from sync_engine.errors import SyncEngineError, TierUnavailable
 
 __all__ = ["Limits", "NetworkSession"]
 
 T = TypeVar("T")
+
+MIGRATION_S: Final = 24 * 3600.0
+"""A statement of a migration that takes longer is given up too."""
 
 
 class Limits:
@@ -40,6 +43,8 @@ class NetworkSession(ABC):
         self._turn = asyncio.Lock()
         self._calls: set[asyncio.Task[Any]] = set()
         self._in_transaction = False
+        self._patient = False
+        """Whether an answer may take as long as it takes: an index of a large table does."""
         self._lost = False
 
     @property
@@ -80,7 +85,8 @@ class NetworkSession(ABC):
             async with self._turn:
                 if self.broken:
                     raise TierUnavailable("l3", "the connection was lost")
-                late = asyncio.get_running_loop().call_later(self._limits.answer_s, self._give_up)
+                answer_s = MIGRATION_S if self._patient else self._limits.answer_s
+                late = asyncio.get_running_loop().call_later(answer_s, self._give_up)
                 try:
                     return await work()
                 except SyncEngineError:

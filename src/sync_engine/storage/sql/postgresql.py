@@ -200,9 +200,12 @@ class PostgresqlSession(NetworkSession):
         """A transaction that no other migration shares."""
         await self.begin()
         await self.lock([MIGRATING])
+        await self._say("SET LOCAL statement_timeout = 0")
+        self._patient = True
 
     async def end_migration(self, done: bool) -> None:
         """Keep or undo what was made."""
+        self._patient = False
         await (self.commit() if done else self.rollback())
 
     async def _say(self, text: str) -> None:
