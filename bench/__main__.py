@@ -25,6 +25,7 @@ from bench import (
     redis_scans,
     redis_states,
     redis_writes,
+    sql_writes,
 )
 from bench.harness import Answer, Stage
 from bench.report import facts, table, written
@@ -40,6 +41,7 @@ QUESTIONS: Mapping[str, Callable[[Stage], Awaitable[list[Answer]]]] = {
     "redis_cluster": redis_cluster.ask,
     "l1_reads": l1_reads.ask,
     "log_writes": log_writes.ask,
+    "sql_writes": sql_writes.ask_all,
     "end_to_end": end_to_end.ask,
     "growth": growth.ask,
 }

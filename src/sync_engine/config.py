@@ -91,9 +91,11 @@ class SyncEngineConfig(BaseSettings):
     """Key of the stream; None: ``__local__:cdc`` behind ``redis_prefix``."""
 
     sql_url: SecretStr | None = None
-    """``sqlite:///path``; unset: SQLite in ``data_dir``. None said aloud: no truth, cache-only writes."""
+    """``sqlite:///path``, ``mysql://`` or ``mariadb://`` (extra `mysql`), ``postgresql://`` (extra `postgresql`).
+    Unset: SQLite in ``data_dir``. None said aloud: no truth, cache-only writes."""
     sql_timeout_ms: int = Field(5_000, ge=1, le=600_000)
-    """How long a statement may wait for a lock of another writer."""
+    """How long a statement may wait for a lock of another writer. A database server has four times as long for a
+    statement, at least 5 s, and is taken for gone after that."""
 
     l1_max_bytes: int = Field(256 * MIB, ge=0)
     """Bytes of items in process memory; 0 turns L1 off."""

@@ -365,3 +365,27 @@ def test_without_arguments_the_help_is_shown(run: Run) -> None:
     assert ran.code == 2
     assert "Usage: sync-engine" in ran.err
     assert "Exit codes:" in run("--help").out.decode()
+
+
+# Databases
+
+
+def test_migrate_makes_the_tables_and_says_so_once(run: Run, tmp_path: Path, sql_url: str) -> None:
+    asked = ("migrate", "--data-dir", tmp_path / "data", "--sql-url", sql_url)
+    first = run(*asked)
+    assert (first.code, first.err) == (0, "")
+    assert b"were made" in first.out
+    assert b"up to date" in run(*asked).out
+    assert run(*asked, "--json").json == {"changed": False, "version": 1}
+    assert run("migrate", "--data-dir", tmp_path / "data", "--sql-url", "none", "--redis-url", NOBODY).code == 3
+
+
+def test_Q20_of_a_databases_url_the_scheme_alone_is_shown(run: Run, here: tuple[str, str]) -> None:
+    for scheme in ("mysql", "mariadb", "postgresql", "postgres"):
+        url = f"{scheme}://user:{CANARY}@127.0.0.1:1/db"
+        shown = run("config", "show", "--json", "--sql-url", url, *here)
+        assert shown.json["sql_url"] == f"{scheme}://***"
+        failed = run("migrate", "--sql-url", url, *here)
+        assert failed.code == 4
+        assert CANARY not in failed.err + shown.err
+        assert failed.err.count("\n") == 1

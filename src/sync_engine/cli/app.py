@@ -1,4 +1,4 @@
-"""The commands ``put``, ``get``, ``delete``, ``scan``, ``status``, ``health``, ``config show``; the entry point."""
+"""The commands ``put``, ``get``, ``delete``, ``scan``, ``status``, ``health``, ``migrate``, ``config show``."""
 
 from __future__ import annotations
 
@@ -17,9 +17,11 @@ from sync_engine.cli.command import Call, Exit, Running, command, sure
 from sync_engine.cli.demo import demo
 from sync_engine.cli.quarantine import quarantine_app
 from sync_engine.cli.render import fact_sheet, full, one_line, table
-from sync_engine.errors import InvalidItem
+from sync_engine.errors import InvalidItem, TierNotConfigured
 from sync_engine.item import ContentType, SyncItem
 from sync_engine.options import Ack, SubmitOptions
+from sync_engine.storage.sql import SqlStore
+from sync_engine.storage.sql.tables import SCHEMA_VERSION
 
 __all__ = ["main"]
 
@@ -224,6 +226,19 @@ async def health(call: Call) -> Exit:
     return Exit.OK if found.ok else Exit.UNAVAILABLE
 
 
+@command(app, "migrate")
+async def migrate(call: Call) -> Exit:
+    """Make the tables of the SQL database, or bring them up to date. An engine does it by itself when it starts."""
+    config = call.config()
+    if config.sql_url is None:
+        raise TierNotConfigured("sql_url", "none", "there are no tables without a database")
+    store = await SqlStore.connect(config.sql_url.get_secret_value(), timeout_ms=config.sql_timeout_ms)
+    await store.close()
+    done = "the tables were made or changed" if store.tables_made else "the tables were up to date"
+    call.out.show({"changed": store.tables_made, "version": SCHEMA_VERSION}, f"{done}: version {SCHEMA_VERSION}")
+    return Exit.OK
+
+
 @command(config_app, "show")
 async def config_show(call: Call) -> Exit:
     """Show every setting as it would be used; of URLs only the scheme."""
@@ -274,7 +289,7 @@ def _told(held: bool | None) -> str:
 
 SCHEMES = (
     *("redis", "rediss", "unix", "redis+sentinel", "rediss+sentinel", "redis+cluster", "rediss+cluster"),
-    *("embedded", "sqlite"),
+    *("embedded", "sqlite", "mysql", "mariadb", "postgresql", "postgres"),
 )
 
 

@@ -77,7 +77,8 @@ SqlUrl = Annotated[
     str | None,
     typer.Option(
         metavar="URL",
-        help="sqlite:///path; 'none': no SQL. SYNC_ENGINE_SQL_URL is the safer place for a password.",
+        help="sqlite:///path, mysql://…, postgresql://…; 'none': no SQL. "
+        "SYNC_ENGINE_SQL_URL is the safer place for a password.",
         show_default=False,
     ),
 ]

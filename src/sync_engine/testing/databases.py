@@ -279,8 +279,8 @@ class RunningMariaDB(RunningDatabase):
             "--character-set-server=utf8mb4",
             "--innodb-buffer-pool-size=64M",
             "--innodb-log-file-size=48M",
-            f"--innodb-flush-log-at-trx-commit={1 if self._durable else 2}",
-            *([] if self._durable else ["--innodb-doublewrite=0"]),
+            "--innodb-flush-log-at-trx-commit=1",
+            *([] if self._durable else ["--innodb-flush-method=nosync", "--innodb-doublewrite=0"]),
             *self._tls_settings(),
             *self._settings,
         ]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from itertools import zip_longest
 from typing import Final, NamedTuple
 
 from sync_engine.clock import COUNTER_BITS
@@ -17,7 +18,7 @@ from sync_engine.errors import StoreError, SyncEngineError, VersionConflict
 from sync_engine.item import Op, SyncItem
 from sync_engine.ports import Applied
 from sync_engine.storage.sql.dialect import BUCKETS, RowRefused, Session
-from sync_engine.storage.sql.rows import item_of, row_of
+from sync_engine.storage.sql.rows import Value, item_of, row_of
 from sync_engine.storage.sql.tables import TOMBSTONE_LIFE_MS
 from sync_engine.storage.sql.words import FORGOTTEN, Said, Words
 
@@ -34,14 +35,17 @@ class _Held(NamedTuple):
 _NOTHING: Final = _Held(0, 0, "", "")
 
 
-async def apply_ops(session: Session, words: Words, ops: Sequence[Op], now_ms: int) -> Applied:
+async def apply_ops(
+    session: Session, words: Words, ops: Sequence[Op], now_ms: int, batch_id: str | None = None
+) -> Applied:
     """Apply the newest operation of each id. Raises ``TierUnavailable`` or ``StoreError`` about the whole batch."""
     newest = _newest_per_id(ops)
-    await session.lock(sorted({bucket_of(op.object_id) for op in newest}))
+    await session.lock(_buckets(newest))
     ((any_buried,),) = await session.rows(words.any_buried)
-    batch = _Batch(session, words, now_ms, bool(any_buried))
-    for chunk in _chunks(newest, words.rows_max, session.bytes_max):
-        await batch.apply(chunk)
+    batch = _Batch(session, words, now_ms, bool(any_buried), batch_id)
+    chunks = list(_chunks(newest, words.rows_max, session.bytes_max))
+    for chunk, following in zip_longest(chunks, chunks[1:], fillvalue=()):
+        await batch.apply(chunk, following)
     # Twice what this batch may add: the tombstones of a steady stream stay bounded by their life.
     if batch.deletes and await session.run(words.prune(now_ms - TOMBSTONE_LIFE_MS, 2 * batch.deletes)):
         await session.run(words.note_most(FORGOTTEN, now_ms - TOMBSTONE_LIFE_MS))
@@ -65,21 +69,25 @@ def bucket_of(object_id: str) -> int:
 class _Batch:
     """The outcome so far."""
 
-    def __init__(self, session: Session, words: Words, now_ms: int, any_buried: bool) -> None:
+    def __init__(self, session: Session, words: Words, now_ms: int, any_buried: bool, batch_id: str | None) -> None:
         self._session = session
         self._words = words
         self._now_ms = now_ms
         self._any_buried = any_buried
+        self._batch_id = batch_id
         self.superseded: set[str] = set()
         self.refused: dict[str, SyncEngineError] = {}
         self.restated: dict[str, SyncItem] = {}
         self.existed: set[str] = set()
         self.spared: set[str] = set()
         self.deletes = 0
+        self._following: Sequence[Op] = ()
+        self._rows: dict[str, tuple[Value, ...]] = {}
 
-    async def apply(self, ops: Sequence[Op]) -> None:
+    async def apply(self, ops: Sequence[Op], following: Sequence[Op]) -> None:
         """One chunk: at most ``rows_max`` operations, one per id, in order of ids."""
         session, words = self._session, self._words
+        self._following = following
         ids = [op.object_id for op in ops]
         buried: dict[str, int] = {}
         if self._any_buried:
@@ -136,8 +144,18 @@ class _Batch:
             await self._by_ids(self._words.exhume, outlived)
 
     async def _upsert(self, ops: Sequence[Op]) -> int:
-        rows = [row_of(op.item, op.stamp) for op in ops if op.item is not None]
-        return await self._session.attempt(self._words.upsert(rows))
+        rows = self._rows_of(ops)
+        self._rows.clear()
+        return await self._session.attempt(self._words.upsert(rows), self._look_ahead)
+
+    def _look_ahead(self) -> None:
+        """Hash and make the rows of the next chunk while the database writes this one: two thirds of the time each."""
+        following, self._following = [op for op in self._following if op.kind == "put" and op.sql], ()
+        self._rows = {op.object_id: row for op, row in zip(following, self._rows_of(following), strict=True)}
+
+    def _rows_of(self, ops: Sequence[Op]) -> list[tuple[Value, ...]]:
+        made, batch_id = self._rows, self._batch_id
+        return [made.get(op.object_id) or row_of(op.item, op.stamp, batch_id) for op in ops if op.item is not None]
 
     async def _delete(self, deletes: Sequence[Op], held: dict[str, _Held], buried: dict[str, int]) -> None:
         losing = {op.object_id for op in deletes if op.stamp and held.get(op.object_id, _NOTHING).stamp > op.stamp}
@@ -214,14 +232,24 @@ def _newest_per_id(ops: Iterable[Op]) -> list[Op]:
     return [newest[id_] for id_ in sorted(newest)]
 
 
+def _buckets(ops: Sequence[Op]) -> list[int]:
+    found: set[int] = set()
+    for op in ops:
+        found.add(bucket_of(op.object_id))
+        if len(found) == BUCKETS:  # as it is after some 300 ids
+            break
+    return sorted(found)
+
+
 def _chunks(ops: Sequence[Op], rows_max: int, bytes_max: int) -> Iterator[Sequence[Op]]:
     """Runs of at most so many operations and, beyond the first of each, about so many bytes."""
     start = size = 0
     for end, op in enumerate(ops):
-        if end > start and (end - start == rows_max or size + op.size > bytes_max):
+        more = op.size
+        if end > start and (end - start == rows_max or size + more > bytes_max):
             yield ops[start:end]
             start, size = end, 0
-        size += op.size
+        size += more
     if start < len(ops):
         yield ops[start:]
 

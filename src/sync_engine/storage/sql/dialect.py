@@ -8,8 +8,9 @@ and ``StoreError`` for anything else.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from typing import NamedTuple, Protocol, TypeVar
 
 from sqlalchemy import Table
 from sqlalchemy.engine import Dialect
@@ -18,7 +19,9 @@ from sync_engine.errors import StoreError, TierUnavailable
 from sync_engine.storage.sql.rows import Row
 from sync_engine.storage.sql.words import Said, Words
 
-__all__ = ["BUCKETS", "Database", "Held", "Outrun", "RowRefused", "Session"]
+__all__ = ["BUCKETS", "Database", "Held", "Outrun", "RowRefused", "Session", "beside", "nothing"]
+
+T = TypeVar("T")
 
 BUCKETS = 64
 """Into so many buckets ids fall by their CRC-32; writers of one bucket take turns. Part of the format."""
@@ -30,6 +33,23 @@ class RowRefused(StoreError):
 
 class Outrun(TierUnavailable):
     """The transaction was given up in favour of another one (deadlock, serialization): nothing of it stands."""
+
+
+def nothing() -> None:
+    """What there is to do meanwhile by default."""
+
+
+async def beside(work: Awaitable[T], meanwhile: Callable[[], None]) -> T:
+    """Begin the work, do something else until it is done."""
+    if meanwhile is nothing:
+        return await work
+    begun = asyncio.ensure_future(work)
+    try:
+        await asyncio.sleep(0)  # it is on its way now
+        meanwhile()
+    finally:
+        done = await begun
+    return done
 
 
 class Held(NamedTuple):
@@ -72,8 +92,11 @@ class Session(Protocol):
         """Run one statement that changes rows; how many it changed, where ``Words.counts_writes``."""
         ...
 
-    async def attempt(self, said: Said) -> int:
-        """The same; ``RowRefused`` undoes this statement alone, and the transaction goes on."""
+    async def attempt(self, said: Said, meanwhile: Callable[[], None] = ...) -> int:
+        """The same; ``RowRefused`` undoes this statement alone, and the transaction goes on.
+
+        ``meanwhile`` is called while the database works.
+        """
         ...
 
     async def begin(self) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import ssl
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 from sqlalchemy import Table
@@ -19,7 +19,7 @@ from sqlalchemy.engine import Dialect
 from sync_engine.errors import ConfigError, StoreError, SyncEngineError, TierUnavailable
 from sync_engine.storage.sql import tables
 from sync_engine.storage.sql.address import Address, tls_context
-from sync_engine.storage.sql.dialect import BUCKETS, Held, Outrun, RowRefused, Session
+from sync_engine.storage.sql.dialect import BUCKETS, Held, Outrun, RowRefused, Session, beside, nothing
 from sync_engine.storage.sql.mysql_words import MysqlWords
 from sync_engine.storage.sql.network import Limits, NetworkSession
 from sync_engine.storage.sql.rows import Row
@@ -228,17 +228,17 @@ class MysqlSession(NetworkSession):
 
     async def run(self, said: Said) -> int:
         """Run one statement that changes rows; how many the server says it touched."""
+        return await self.attempt(said)
+
+    async def attempt(self, said: Said, meanwhile: Callable[[], None] = nothing) -> int:
+        """The same: an error undoes its own statement and no other."""
         self._check_size(said)
 
         async def work() -> int:
             async with self._connection.cursor() as cursor:
-                return int(await cursor.execute(said.text, said.values or None))
+                return int(await beside(cursor.execute(said.text, said.values or None), meanwhile))
 
         return await self._whole(work)
-
-    async def attempt(self, said: Said) -> int:
-        """The same: an error undoes its own statement and no other."""
-        return await self.run(said)
 
     async def begin(self) -> None:
         """Open a transaction."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ssl
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 from sqlalchemy import Table
@@ -13,7 +13,7 @@ from sqlalchemy.engine import Dialect
 from sync_engine.errors import ConfigError, StoreError, SyncEngineError, TierUnavailable
 from sync_engine.storage.sql import tables
 from sync_engine.storage.sql.address import Address, tls_context
-from sync_engine.storage.sql.dialect import Held, Outrun, RowRefused, Session
+from sync_engine.storage.sql.dialect import Held, Outrun, RowRefused, Session, beside, nothing
 from sync_engine.storage.sql.network import Limits, NetworkSession
 from sync_engine.storage.sql.postgresql_words import PostgresqlWords
 from sync_engine.storage.sql.rows import Row
@@ -156,20 +156,21 @@ class PostgresqlSession(NetworkSession):
 
         return await self._whole(work)
 
-    async def run(self, said: Said) -> int:
+    async def run(self, said: Said, meanwhile: Callable[[], None] = nothing) -> int:
         """Run one statement that changes rows; how many it changed."""
 
         async def work() -> int:
-            status = (await self._connection.execute(said.text, *said.values)).rpartition(" ")[2]
+            told = await beside(self._connection.execute(said.text, *said.values), meanwhile)
+            status = told.rpartition(" ")[2]
             return int(status) if status.isdigit() else 0
 
         return await self._whole(work)
 
-    async def attempt(self, said: Said) -> int:
+    async def attempt(self, said: Said, meanwhile: Callable[[], None] = nothing) -> int:
         """The same behind a savepoint: an error would otherwise end the whole transaction."""
         await self._say("SAVEPOINT here")
         try:
-            changed = await self.run(said)
+            changed = await self.run(said, meanwhile)
         except RowRefused:
             await self._say("ROLLBACK TO SAVEPOINT here")
             raise

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
 import orjson
@@ -22,8 +22,11 @@ class NoItem(Corruption):
     """A row that no rule of ours can make an item of: no content at all, or a reserved id."""
 
 
-def row_of(item: SyncItem, stamp: int) -> tuple[Value, ...]:
-    """The bound values of one upsert, in column order without ``merkle_dirty``; stamp 0 is stored as NULL."""
+def row_of(item: SyncItem, stamp: int, batch_id: str | None = None) -> tuple[Value, ...]:
+    """The bound values of one upsert, in column order without ``merkle_dirty``; stamp 0 is stored as NULL.
+
+    ``batch_id`` takes the place of the item's own.
+    """
     content = item.content
     json = item.content_type is ContentType.JSON
     return (
@@ -33,7 +36,7 @@ def row_of(item: SyncItem, stamp: int) -> tuple[Value, ...]:
         item.content_hash,
         content.decode() if json else None,  # JSON content is valid UTF-8, and SQL gets it verbatim
         None if json else content,
-        audit_of(item),
+        audit_of(item, batch_id),
         item.state,
         item.access_count,
         item.last_accessed,
@@ -82,32 +85,37 @@ def item_of(row: Row) -> SyncItem | Corruption:
         return NoItem(str(object_id), expected or "", f"no item: {bad.field} {bad.rule}")
 
 
-_AUDIT: Final[Mapping[str, str]] = {
-    "batch": "batch_id",
-    "home": "home_instance_id",
-    "trace": "trace_parent",
-    "trace_state": "trace_state",
-}
+_AUDIT: Final = ("batch", "home", "trace", "trace_state")
 
 
-def audit_of(item: SyncItem) -> str | None:
+def audit_of(item: SyncItem, batch_id: str | None = None) -> str | None:
     """Canonical JSON of the labels that are set (batch, home, trace as the original, trace_state, priority,
     ``redis``: false for what is never copied there)."""
+    batch_id = batch_id or item.batch_id
     if (
         item.trace_parent is None
         and item.home_instance_id is None
-        and item.batch_id is None
+        and batch_id is None
         and item.trace_state is None
         and not item.priority_score
         and not item.sql_only
     ):
         return None
-    told: dict[str, Any] = {key: value for key, name in _AUDIT.items() if (value := getattr(item, name)) is not None}
+    told: dict[str, Any] = {}
+    # In order of their names, which is what makes the text canonical.
+    if batch_id is not None:
+        told["batch"] = batch_id
+    if item.home_instance_id is not None:
+        told["home"] = item.home_instance_id
     if item.priority_score:
         told["priority"] = item.priority_score
     if item.sql_only:
         told["redis"] = False
-    return orjson.dumps(told, option=orjson.OPT_SORT_KEYS).decode()
+    if item.trace_parent is not None:
+        told["trace"] = item.trace_parent
+    if item.trace_state is not None:
+        told["trace_state"] = item.trace_state
+    return orjson.dumps(told).decode()
 
 
 def _labels(audit: object) -> dict[str, Any]:

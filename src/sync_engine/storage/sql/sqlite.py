@@ -10,7 +10,7 @@ import asyncio
 import logging
 import os
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final, cast
 
@@ -25,7 +25,7 @@ from sqlalchemy.pool import ConnectionPoolEntry, NullPool
 
 from sync_engine.errors import ConfigError, StoreError, SyncEngineError, TierUnavailable
 from sync_engine.storage.sql import tables
-from sync_engine.storage.sql.dialect import Held, RowRefused, Session
+from sync_engine.storage.sql.dialect import Held, RowRefused, Session, beside, nothing
 from sync_engine.storage.sql.rows import Row
 from sync_engine.storage.sql.sqlite_words import BEGIN, COMMIT, ROLLBACK, SqliteWords
 from sync_engine.storage.sql.words import Said
@@ -134,9 +134,9 @@ class SqliteSession:
         except DRIVER_ERRORS as error:
             raise meaning(error) from error
 
-    async def attempt(self, said: Said) -> int:
+    async def attempt(self, said: Said, meanwhile: Callable[[], None] = nothing) -> int:
         """The same: an error undoes its own statement and no other, unless a trigger says otherwise."""
-        return await self.run(said)
+        return await beside(self.run(said), meanwhile)
 
     @property
     def in_transaction(self) -> bool:

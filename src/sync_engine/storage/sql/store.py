@@ -40,7 +40,9 @@ class SqlStore:
 
     name = "l3"
 
-    def __init__(self, database: Database, first: Session, clock: Clock) -> None:
+    def __init__(self, database: Database, first: Session, clock: Clock, tables_made: bool = False) -> None:
+        self.tables_made = tables_made
+        """Whether connecting has made the tables, or changed them."""
         self._database = database
         # The connections there will ever be. The first is there; the others are opened when they have something to do.
         self._writer = Lane(database, first)
@@ -67,13 +69,13 @@ class SqlStore:
         session = None
         try:
             session = await database.open()
-            await prepare(database, session, clock.now_ms())
+            tables_made = await prepare(database, session, clock.now_ms())
         except BaseException:  # cancelled or failed alike: the caller has no store to close
             if session is not None:
                 await session.close()
             await database.close()
             raise
-        return cls(database, session, clock)
+        return cls(database, session, clock, tables_made)
 
     # The port: many ids first, facts back.
 
@@ -100,10 +102,7 @@ class SqlStore:
         that differs from ``if_version`` is refused, and the rest goes through. If this raises, the outcome is
         unknown; applying the batch again is safe.
         """
-        if not ops:
-            return Applied()
-        now_ms = self._clock.now_ms()
-        return await self._owned(lambda: self._writer.transaction(lambda own: apply_ops(own, self._words, ops, now_ms)))
+        return await self._apply(ops)
 
     async def list_state_ids(self, state: str, limit: int = 1000, *, after: str | None = None) -> list[str]:
         """Ids in the state, ascending, those greater than ``after``."""
@@ -197,8 +196,8 @@ class SqlStore:
     async def put_batch(self, items: Iterable[SyncItem]) -> BatchWriteResult:
         """Store items in one transaction; of several with one id the last counts. ``failed`` maps id to reason."""
         batch_id = str(uuid4())
-        ops = {item.object_id: _put(item.replace(batch_id=batch_id)) for item in items}
-        applied = await self.apply(list(ops.values()))
+        ops = {item.object_id: _put(item) for item in items}
+        applied = await self._apply(list(ops.values()), batch_id)
         return BatchWriteResult(
             batch_id=batch_id,
             written=len(ops) - len(applied.superseded) - len(applied.refused),
@@ -242,6 +241,14 @@ class SqlStore:
         return f"<SqlStore {self._database!r} {condition} | {len(self._tasks)} writes running>"
 
     # How.
+
+    async def _apply(self, ops: Sequence[Op], batch_id: str | None = None) -> Applied:
+        if not ops:
+            return Applied()
+        now_ms, words = self._clock.now_ms(), self._words
+        return await self._owned(
+            lambda: self._writer.transaction(lambda own: apply_ops(own, words, ops, now_ms, batch_id))
+        )
 
     async def _rows(self, said: Said) -> list[Row]:
         if self._closing is not None:
