@@ -6,8 +6,10 @@ import asyncio
 import os
 import random
 import signal
+import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 
 import pytest
 
@@ -314,12 +316,9 @@ async def test_cancelled_in_mid_page_nothing_is_half_done(rig: Rig) -> None:
 async def test_rows_of_others_that_are_no_items_are_left_alone(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
     async with rig.engine(redis=False) as engine:
         await engine.submit_many(some("a.", 3), ack=Ack.STORED)
-        store = await rig.l3()
-        await store._owned(
-            lambda: store._transaction(
-                lambda own: own.run("UPDATE sync_items SET id = 'state:x' WHERE id = 'a.0001'", ())
-            )
-        )
+        with closing(sqlite3.connect(rig.path / "truth.db")) as other:
+            other.execute("UPDATE sync_items SET id = 'state:x' WHERE id = 'a.0001'")
+            other.commit()
         assert await engine.delete_by_state("s") == 2
         assert await engine.delete_prefix("", allow_all=True) == 0
         assert "left alone" in caplog.text
