@@ -78,8 +78,7 @@ class Lane:
             done = await work(session)
             await session.commit()
         except BaseException:  # cancelled or failed alike: an open transaction would take in the next writes
-            with suppress(TierUnavailable):  # the connection is lost, and with it the transaction
-                await session.rollback()
+            await session.rollback()
             raise
         return done
 

@@ -256,11 +256,8 @@ class MysqlSession(NetworkSession):
         await self.run(Said("COMMIT"))
         self._in_transaction = False
 
-    async def rollback(self) -> None:
-        """Undo the transaction."""
-        self._in_transaction = False
-        if not self.broken:
-            await self.run(Said("ROLLBACK"))
+    async def _undo(self) -> None:
+        await self.run(Said("ROLLBACK"))
 
     async def begin_migration(self) -> None:
         """Keep other migrations out. Tables are made outside of transactions here: each step stands when it is done."""
@@ -344,6 +341,7 @@ def _same(wanted: str | float, kept: str) -> bool:
 
 
 _PASSING: Final = {
+    1016: "the table cannot be opened",
     1021: "the disk is full",
     1030: "the storage engine has trouble",
     1037: "the server is out of memory",
@@ -352,9 +350,11 @@ _PASSING: Final = {
     1041: "the server is out of memory",
     1044: "the user may not do this",
     1045: "the server refuses user or password",
+    1047: "the node is not ready",  # Galera
     1049: "there is no such database",
     1053: "the server is shutting down",
     1054: "a column is missing",
+    1105: "the server does not say why",  # what proxies tell of their own troubles
     1114: "the table is full",
     1129: "the server blocks this host",
     1130: "the server does not let this host in",
@@ -375,11 +375,20 @@ _PASSING: Final = {
     1243: "a prepared statement is gone; is there a pooler in between?",
     1290: "the server takes no writes",
     1317: "the statement was stopped",
+    1412: "a table was changed meanwhile",
     1461: "the server has too many prepared statements",
+    1615: "a table was changed meanwhile",
+    1637: "the server has too many transactions",
+    1684: "a table is being changed",
+    1712: "an index is damaged",
+    1792: "the server takes no writes",
     1836: "the server takes no writes",
+    1877: "the table is damaged",
     1927: "the connection was ended at the server",
+    1932: "a table is missing",
     1969: "the server stopped the statement",
     3024: "the server stopped the statement",
+    3032: "the server is offline",
     4031: "the connection was ended at the server",
 }
 """Troubles of the moment or of the machine: nothing is known of the items, and asking later can help."""
@@ -387,7 +396,7 @@ _PASSING: Final = {
 _OUTRUN: Final = frozenset({1020, 1213, 3101, 3572})
 
 _REFUSED: Final = frozenset({
-    1048, 1062, 1105, 1118, 1153, 1216, 1217, 1242, 1264, 1265, 1292, 1300, 1364, 1366, 1406, 1418, 1451, 1452, 1644,
+    1048, 1062, 1118, 1153, 1216, 1217, 1242, 1264, 1265, 1292, 1300, 1364, 1366, 1406, 1418, 1451, 1452, 1644,
     1690, 3140, 3819, 4025,
 })  # fmt: skip
 """Null, duplicate, too large, out of range, truncated, not text, a foreign key, SIGNAL of a trigger, a check."""

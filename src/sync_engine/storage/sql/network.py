@@ -57,6 +57,15 @@ class NetworkSession(ABC):
         """Whether a transaction is open."""
         return self._in_transaction and not self.broken
 
+    async def rollback(self) -> None:
+        """Undo the transaction; a connection that cannot even do that is given up, and the server does it."""
+        self._in_transaction = False
+        try:
+            if not self.broken:
+                await self._undo()
+        except SyncEngineError:
+            self._give_up()
+
     async def close(self) -> None:
         """Close the connection, after what it is doing."""
         try:
@@ -116,6 +125,10 @@ class NetworkSession(ABC):
     @abstractmethod
     def _tear(self) -> None:
         """Tear the connection down, now, without a word; who waits for an answer gets an error."""
+
+    @abstractmethod
+    async def _undo(self) -> None:
+        """Say ROLLBACK."""
 
     @abstractmethod
     async def _say_goodbye(self) -> None:

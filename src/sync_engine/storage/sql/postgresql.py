@@ -191,11 +191,8 @@ class PostgresqlSession(NetworkSession):
         await self._say("COMMIT")
         self._in_transaction = False
 
-    async def rollback(self) -> None:
-        """Undo the transaction."""
-        self._in_transaction = False
-        if not self.broken:
-            await self._say("ROLLBACK")
+    async def _undo(self) -> None:
+        await self._say("ROLLBACK")
 
     async def begin_migration(self) -> None:
         """A transaction that no other migration shares."""
@@ -266,6 +263,8 @@ def _ms(told: str) -> int | None:
 
 _PASSING: Final = {
     "08": "the connection failed",
+    "0A000": "a table was changed meanwhile",  # the plan of a prepared statement, which is made again
+    "25": "the transaction is over",
     "25006": "the server takes no writes",
     "26": "a prepared statement is gone; is there a pooler in between?",
     "28": "the server refuses user or password",
