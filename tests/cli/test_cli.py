@@ -196,7 +196,7 @@ def test_a_strange_id_is_kept_and_never_reaches_the_terminal_as_a_command(
         (("put",), 2, "ID"),
         (("scan", "a", "--limit", "0"), 2, "--limit"),
         (("frobnicate",), 2, "frobnicate"),
-        (("get", "a", "--sql-url", f"postgresql://u:{CANARY}@h/d"), 3, "sql_url: "),
+        (("get", "a", "--sql-url", f"oracle://u:{CANARY}@h/d"), 3, "sql_url: "),
         (("get", "a", "--redis-url", f"redis://u:{CANARY}@h:{CANARY}"), 3, "redis_url: "),
         (("get", "a", "--redis-url", "none", "--sql-url", "none"), 3, "no tier"),
         (("get", "a", "--config", "no.toml"), 3, "no.toml"),

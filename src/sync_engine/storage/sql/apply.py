@@ -24,6 +24,9 @@ from sync_engine.storage.sql.words import FORGOTTEN, Said, Words
 
 __all__ = ["apply_ops", "bucket_of"]
 
+ROW_BYTES: Final = 512
+"""About what a row binds beside its content."""
+
 
 class _Held(NamedTuple):
     stamp: int
@@ -245,7 +248,7 @@ def _chunks(ops: Sequence[Op], rows_max: int, bytes_max: int) -> Iterator[Sequen
     """Runs of at most so many operations and, beyond the first of each, about so many bytes."""
     start = size = 0
     for end, op in enumerate(ops):
-        more = op.size
+        more = ROW_BYTES + (len(op.item.content) if op.item is not None else 0)
         if end > start and (end - start == rows_max or size + more > bytes_max):
             yield ops[start:end]
             start, size = end, 0

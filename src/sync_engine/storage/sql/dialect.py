@@ -95,7 +95,7 @@ class Session(Protocol):
     async def attempt(self, said: Said, meanwhile: Callable[[], None] = ...) -> int:
         """The same; ``RowRefused`` undoes this statement alone, and the transaction goes on.
 
-        ``meanwhile`` is called while the database works.
+        ``meanwhile`` is called while the database works, if that gains time.
         """
         ...
 
