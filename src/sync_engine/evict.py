@@ -110,7 +110,7 @@ class Eviction:
         held = await self._truth.held_stamps([object_id for object_id, _ in coldest]) if coldest else {}
         # What SQL has of an item without a stamp need not be what Redis has of it.
         leaving = [(object_id, stamp) for object_id, stamp in coldest if 0 < stamp <= held.get(object_id, 0)]
-        left = await self._cache.evict(leaving) if leaving else 0
+        left = await self._cache.evict(leaving, bury=True) if leaving else 0
         self.evicted += left
         return left
 

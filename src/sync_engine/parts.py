@@ -45,7 +45,11 @@ R = TypeVar("R")
 
 STREAM_MAY_GO = (
     "the maxmemory-policy of Redis is allkeys-*: at its limit it may drop the change stream, state sets and indexes; "
-    "noeviction or volatile-* keeps them"
+    "noeviction keeps them"
+)
+DELETES_MAY_COME_BACK = (
+    "the maxmemory-policy of Redis is not noeviction: at its limit it may drop what keeps late writes from bringing "
+    "deleted items back"
 )
 
 PRESSED: Mapping[Level, str] = {
@@ -210,6 +214,8 @@ class Parts:
                 yield "Redis has no RediSearch: items cannot be searched there"
             if self._told and facts.evicts_anything:
                 yield STREAM_MAY_GO
+            elif facts.policies - {"noeviction"} and any(memory.limit_bytes for memory in facts.memory):
+                yield DELETES_MAY_COME_BACK
         if self._eviction is not None and self._eviction.stuck:
             yield "Redis is nearly full of items that it alone keeps: nothing may leave"
         pressure, level = self.writes.pressure

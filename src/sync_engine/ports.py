@@ -264,8 +264,11 @@ class Cache(Tier, Protocol):
         """The stamps of the items that are held, in one round trip per chunk. Counts as no use of them."""
         ...
 
-    async def evict(self, copies: Sequence[tuple[str, int]], /) -> int:
-        """Forget copies of exactly these stamps, leaving no trace of it; how many there were."""
+    async def evict(self, copies: Sequence[tuple[str, int]], /, *, bury: bool = ...) -> int:
+        """Forget copies of exactly these stamps; how many there were.
+
+        Without ``bury`` no trace of it is left; with it what is older than they were stays out, as after a delete.
+        """
         ...
 
     async def tell(self, ops: Sequence[Op], /) -> None:

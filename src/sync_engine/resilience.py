@@ -266,8 +266,8 @@ class Forwarding:
     async def healed(self, marks: Sequence[Mark], /) -> None:
         return await self._through(self._cache.healed, marks)
 
-    async def evict(self, copies: Sequence[tuple[str, int]], /) -> int:
-        return await self._through(self._cache.evict, copies)
+    async def evict(self, copies: Sequence[tuple[str, int]], /, *, bury: bool = False) -> int:
+        return await self._through(self._cache.evict, copies, bury=bury)
 
     async def tell(self, ops: Sequence[Op], /) -> None:
         return await self._through(self._cache.tell, ops)

@@ -323,7 +323,8 @@ class Rig:
         l2 = await RedisStore.connect(self.redis_url, self.prefix)
         try:
             cached = await l2.get_many(ids)
-            members = {state: await l2.list_state_ids(state, 10_000) for state in STATES}
+            # Where the server evicts, an index may be lost as fast as it is made: then nobody can tell.
+            members = {state: await l2.list_state_ids(state, 10_000) for state in STATES} if l2_states else {}
         finally:
             await l2.close()
         if not l2_exact:

@@ -10,6 +10,7 @@ import pytest
 from sync_engine import Ack, SubmitOptions, SyncEngine, SyncItem, TierUnavailable
 from sync_engine.clock import SystemClock
 from sync_engine.evict import Eviction
+from sync_engine.item import Op
 from sync_engine.storage.redis import RedisStore
 from sync_engine.storage.sql import SqlStore
 from sync_engine.testing.fixtures import StartCluster, StartKind
@@ -84,6 +85,18 @@ async def test_what_sql_holds_leaves_until_the_target_is_reached(stores: Stores,
     assert set(ids) == set(await stores.l2.list_state_ids("s", 5_000))
     assert len(await stores.l3.get_many([f"i{n}" for n in range(3_000)])) == 3_000
     assert await stores.eviction.relieve() == 0
+
+
+async def test_I1_what_is_late_does_not_pass_a_copy_that_left(stores: Stores, server: RunningRedis) -> None:
+    now = SystemClock().now_ms() << 16
+    old, new = item("x", stamp=now - 65_536), item("x", stamp=now)
+    await stores.put(new)
+    assert await stores.l2.evict([("x", now)], bury=True) == 1
+    for late in (Op(kind="put", object_id="x", stamp=old.stamp, item=old, fill=fill) for fill in (False, True)):
+        assert (await stores.l2.apply([late])).superseded == {"x"}
+    assert await stores.l2.get("x") is None
+    assert not (await stores.l2.apply([Op(kind="put", object_id="x", stamp=now, item=new, fill=True)])).superseded
+    assert await stores.l2.get("x") == new
 
 
 async def test_below_the_start_nothing_leaves(stores: Stores, server: RunningRedis) -> None:

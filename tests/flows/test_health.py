@@ -33,6 +33,13 @@ async def test_a_server_without_modules_is_well_and_a_warning(rig: Rig, own_kind
     assert "valkey 9.1" in health.tiers["l2"].about
 
 
+@pytest.mark.parametrize("policy", ["allkeys-lru", "volatile-ttl"])
+async def test_a_policy_that_may_drop_tombstones_is_a_warning(rig: Rig, own_redis: StartRedis, policy: str) -> None:
+    server = await own_redis(extra_args=("--maxmemory", "100mb", "--maxmemory-policy", policy))
+    async with rig.engine(redis_url=server.url) as engine:
+        assert any("not noeviction" in warning for warning in (await engine.health()).warnings)
+
+
 async def test_a_redis_that_is_down_is_told_and_not_raised(rig: Rig, own_redis: StartRedis) -> None:
     server = await own_redis()
     async with rig.engine(redis_url=server.url) as engine:

@@ -168,11 +168,13 @@ class MemoryTier:
         if self._mark.run == marks[0].run:
             self._mark = replace(self._mark, since=None)
 
-    async def evict(self, copies: Sequence[tuple[str, int]], /) -> int:
+    async def evict(self, copies: Sequence[tuple[str, int]], /, *, bury: bool = False) -> int:
         held = await self.held_stamps([id_ for id_, _ in copies])
         gone = [id_ for id_, stamp in copies if held.get(id_) == stamp]
         for id_ in gone:
             del self._rows[id_]
+            if bury and held[id_]:
+                self.tombstones[id_] = max(held[id_] - 1, self.tombstones.get(id_, 0))
         return len(gone)
 
     async def tell(self, ops: Sequence[Op], /) -> None:

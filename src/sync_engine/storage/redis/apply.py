@@ -91,10 +91,10 @@ class Writer:
         if self._log is not None:
             await self._log.append(ops)
 
-    async def evict(self, pairs: Sequence[tuple[str, int]]) -> int:
+    async def evict(self, pairs: Sequence[tuple[str, int]], *, bury: bool = False) -> int:
         """``RedisStore.evict``."""
         parts = self._parted(pairs, lambda pair: pair[0])
-        told = await self._send((shard, packed_evictions(own, shard.prefix)) for shard, own in parts)
+        told = await self._send((shard, packed_evictions(own, shard.prefix, bury=bury)) for shard, own in parts)
         return len(told)
 
     async def forget(self, shard: Shard, ids: Sequence[str], state: str = "") -> None:

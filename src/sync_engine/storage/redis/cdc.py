@@ -81,7 +81,6 @@ class CdcLog:
 
     def __init__(self, servers: Servers, prefix: str, stream: ChangeStream | None = None) -> None:
         self._servers = servers
-        self._prefix = prefix
         self._stream = stream or ChangeStream("sync-engine")
         self._keys = self._stream.keys(servers)
 

@@ -109,11 +109,14 @@ def packed(
         yield _chunk(groups, prefix)
 
 
-def packed_evictions(pairs: Sequence[tuple[str, int]], prefix: str) -> Iterator[Chunk]:
-    """Chunks that take out the copies of these ids that have exactly these stamps."""
+def packed_evictions(pairs: Sequence[tuple[str, int]], prefix: str, *, bury: bool) -> Iterator[Chunk]:
+    """Chunks that take out the copies of these ids that have exactly these stamps. ``bury``: older ones stay out."""
     for start in range(0, len(pairs), CHUNK_OPS_MAX):
         part = pairs[start : start + CHUNK_OPS_MAX]
-        yield _chunk({("E", "", ""): ([object_id for object_id, _ in part], [stamp for _, stamp in part], [])}, prefix)
+        yield _chunk(
+            {("E", "", "1" if bury else ""): ([object_id for object_id, _ in part], [stamp for _, stamp in part], [])},
+            prefix,
+        )
 
 
 def packed_stale(ids: Sequence[str], state: str, prefix: str) -> Iterator[Chunk]:

@@ -161,7 +161,7 @@ class RedisStore:
         """Whether the item is there."""
         return (await self.exists_batch((object_id,)))[0]
 
-    async def exists_batch(self, ids: Sequence[str], /) -> list[bool]:
+    async def exists_batch(self, ids: Sequence[str]) -> list[bool]:
         """Whether each item is there, in input order."""
         for object_id in ids:
             check_id(object_id)
@@ -179,7 +179,7 @@ class RedisStore:
         """All items in the state, ascending by id, each as it is when its page is read. Raises ``Corruption``."""
         return self._states.iterate(state)
 
-    async def count_by_state(self, state: str, /) -> int:
+    async def count_by_state(self, state: str) -> int:
         """How many items are in the state."""
         return await self._states.count(state)
 
@@ -308,9 +308,12 @@ class RedisStore:
         """A reader of the change stream, and of what is missing in it. See ``CdcLog``."""
         return self._cdc.iter_cdc(from_id, block_ms, count, **options)
 
-    async def evict(self, pairs: Sequence[tuple[str, int]]) -> int:
-        """Take out the copies of these ids that have exactly these stamps, as if never written; how many had."""
-        return await self._writer.evict(pairs)
+    async def evict(self, copies: Sequence[tuple[str, int]], /, *, bury: bool = False) -> int:
+        """Take out the copies of these ids that have exactly these stamps, as if never written; how many had.
+
+        ``bury``: what is older than them stays out, for as long as it could be late.
+        """
+        return await self._writer.evict(copies, bury=bury)
 
     async def tell(self, ops: Sequence[Op], /) -> None:
         """Tell again of changes, where the change stream is on another server than they are."""

@@ -7,7 +7,8 @@
 --   U / V  as J / S, but only over an older copy, whose deadline stays: a restate that brings the whole item
 --   D      delete; state: only what is in this state ('' for any); extra: '1' for ids that an index told
 --   R      change the state; extra: only what is in this state ('' for any)
---   E      evict: remove the copy if it has exactly this stamp, as if it had never been here
+--   E      evict: remove the copy if it has exactly this stamp, as if it had never been here; extra: '1' to keep out
+--          what is older, as long as a delete would
 --   F      forget an index entry that has no item any more; state: whose entry ('' where not known). No stamp, no value
 -- With a change stream there follow, for each operation, how many arguments its entry has, and those.
 -- Answer, flat, for the exceptions only: index from 0, then 'superseded', 'done' (a delete, restate or eviction that
@@ -339,9 +340,12 @@ local function put_over(i, at, state, document)
   put(i, at, state, document, false, held > 0 and string.format('%.0f', held), false)
 end
 
-local function evict(i, at)
+local function evict(i, at, with_tomb)
   if forms[i] and forms[i] ~= FOREIGN and stamps[i] == ARGV[at] then
     take_out(i, KEYS[i], id_of(KEYS[i]))
+    -- What was on its way before it may still come; of its very own stamp it is welcome.
+    local young = now - tonumber(stamps[i]) / 65536 < tonumber(tomb_ms)
+    if with_tomb and stamps[i] ~= '0' and young then bury(id_of(KEYS[i]), below(stamps[i])) end
     say(i, 'done')
   end
 end
@@ -388,7 +392,7 @@ local function all_groups()
       if kind == 'D' then
         delete(n, place, state, extra ~= '')
       elseif kind == 'E' then
-        evict(n, place)
+        evict(n, place, extra ~= '')
       elseif kind == 'F' then
         forget(n, state)
       elseif not is_set(state) then
