@@ -103,7 +103,7 @@ def _read(client: Redis, key: str, reading: Event, over: Event) -> list[float]:
             waits.append(wait)
             wait -= EVERY_S
         reading.set()
-        time.sleep(EVERY_S)
+        time.sleep(EVERY_S)  # a process of its own, without an event loop
     return waits
 
 
