@@ -316,7 +316,7 @@ async def build(
             # First of all: the log's lock is what keeps a second engine away from this data_dir.
             journal = await outside.log(config.log_dir, segment_bytes=config.wal_segment_bytes)
             opened.push_async_callback(journal.close)
-        stamps = Stamps(clock, after=journal.last_stamp if journal is not None else 0)
+        stamps = Stamps(clock, outside.rng(), after=journal.last_stamp if journal is not None else 0)
         notes = await outside.notes(config.data_dir / "notes.json")
         pending = PendingIndex(config.pending_max_bytes)
         l3 = await _truth(config, clock, around, stamps, opened, outside)

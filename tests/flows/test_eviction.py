@@ -29,11 +29,14 @@ def item(object_id: str, stamp: int = 0, kilobytes: int = 2, state: str = "s") -
     return SyncItem(object_id, NOISE.randbytes(kilobytes * 1024), state=state, stamp=stamp, updated_at=1)
 
 
-async def limited(server: RunningRedis, share: float) -> int:
-    """Set ``maxmemory`` so that this share of it is used now; what is used."""
-    used = int((await server.ask("INFO", "memory"))["used_memory"])
-    await server.ask("CONFIG", "SET", "maxmemory", int(used / share))
-    return used
+async def limited(server: RunningRedis, wanted: float) -> None:
+    """Set ``maxmemory`` so that this share of it is used, also once the server has freed its buffers."""
+    while True:
+        used = int((await server.ask("INFO", "memory"))["used_memory"])
+        await server.ask("CONFIG", "SET", "maxmemory", int(used / wanted))
+        await SystemClock().sleep(0.3)
+        if abs(await share(server) - wanted) < 0.01:
+            return
 
 
 async def share(server: RunningRedis) -> float:
