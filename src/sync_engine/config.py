@@ -17,28 +17,36 @@ from pydantic_settings import (
 from sync_engine.errors import ConfigError
 from sync_engine.options import Ack, CacheTtl
 
-__all__ = ["AT_RUN_TIME", "SyncEngineConfig"]
+__all__ = ["AT_RUN_TIME", "REDIS_CONNECTIONS", "SQL_CONNECTIONS", "SyncEngineConfig"]
 
 MIB = 1024 * 1024
 
 
-AT_RUN_TIME: Final = frozenset(
-    {
-        "backpressure_critical",
-        "backpressure_wait_ms",
-        "backpressure_warn",
-        "batch_flush_bytes",
-        "batch_flush_count",
-        "batch_flush_ms",
-        "default_ack",
-        "l1_max_bytes",
-        "max_payload_bytes",
-        "pending_max_bytes",
-        "promotion_ttl",
-        "redis_eviction_start",
-        "redis_eviction_target",
-        "wal_max_items",
-    }
+REDIS_CONNECTIONS: Final = frozenset({"redis_response_timeout_ms", "redis_timeout_ms"})
+SQL_CONNECTIONS: Final = frozenset({"sql_timeout_ms", "sql_write_concurrency"})
+"""What is settled when a connection is made: a change takes new ones."""
+
+AT_RUN_TIME: Final = (
+    frozenset(
+        {
+            "backpressure_critical",
+            "backpressure_wait_ms",
+            "backpressure_warn",
+            "batch_flush_bytes",
+            "batch_flush_count",
+            "batch_flush_ms",
+            "default_ack",
+            "l1_max_bytes",
+            "max_payload_bytes",
+            "pending_max_bytes",
+            "promotion_ttl",
+            "redis_eviction_start",
+            "redis_eviction_target",
+            "wal_max_items",
+        }
+    )
+    | REDIS_CONNECTIONS
+    | SQL_CONNECTIONS
 )
 """What ``SyncEngine.reconfigure`` may change: bounds and paces that one part owns. No secret is among them."""
 
@@ -96,6 +104,9 @@ class SyncEngineConfig(BaseSettings):
     sql_timeout_ms: int = Field(5_000, ge=1, le=600_000)
     """How long a statement may wait for a lock of another writer. A database server has four times as long for a
     statement, at least 5 s, and is taken for gone after that."""
+    sql_write_concurrency: int = Field(1, ge=1, le=64)
+    """Transactions into which a large flush is split, each with a connection and ids of its own. More pay where the
+    database is some milliseconds away; SQLite has one writer, and always one."""
 
     l1_max_bytes: int = Field(256 * MIB, ge=0)
     """Bytes of items in process memory; 0 turns L1 off."""

@@ -22,13 +22,14 @@ from typing import Any
 from msgspec.structs import replace
 
 from sync_engine.admission import Admission
+from sync_engine.build import build
 from sync_engine.clock import SystemClock
 from sync_engine.coalesce import Flights
 from sync_engine.config import SyncEngineConfig
 from sync_engine.errors import InvalidItem, NotRunning, TierUnavailable
 from sync_engine.item import Op, SyncItem, check_id, check_state
 from sync_engine.options import Ack, ItemStatus, Receipt, SubmitOptions, Ttl
-from sync_engine.parts import Parts, build
+from sync_engine.parts import Parts
 from sync_engine.ports import Clock, Tier
 from sync_engine.report import EngineStats, Health, QuarantinedOp, StopReport
 from sync_engine.write.quarantine import Quarantined
@@ -296,19 +297,22 @@ class SyncEngine:
         return self._on().stats()
 
     async def reconfigure(self, **changes: Any) -> None:
-        """Change settings at run time, all of them or, with ``ConfigError``, none; ``config`` shows the new ones.
+        """Change settings at run time, all of them or, where it raises, none; ``config`` shows the new ones.
 
-        docs/operations.md says which may change. The others need a restart. An engine that does not run takes them up
-        when it starts.
+        docs/operations.md says which may change. The others need a restart: ``ConfigError``. Time-outs take new
+        connections; ``TierUnavailable`` where they cannot be had. An engine that does not run takes all up when it
+        starts.
         """
         async with self._turn:  # not between a start's reading of the settings and its end
             config = self.config.changed(**changes)
             told = [f"{name} = {getattr(config, name)!r}, was {getattr(self.config, name)!r}" for name in changes]
+            parts = self._parts
+            fresh = {} if parts is None else await parts.reconnect(config, changes.keys())
             # From here on nothing waits and nothing is refused.
             self.config = config
             self._admission.bound(config)
-            if self._parts is not None:
-                self._parts.retune(config)
+            if parts is not None:
+                parts.retune(config, fresh)
         log.info("reconfigured: %s", "; ".join(told))
 
     async def quarantine(self) -> list[QuarantinedOp]:

@@ -6,14 +6,17 @@ This is what lets an engine start while Redis or SQL is down, and heal without a
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, ParamSpec, TypeVar, cast
 
-from sync_engine.errors import ConfigError, StoreError, TierUnavailable
+from sync_engine.errors import ConfigError, StoreError, SyncEngineError, TierUnavailable
 from sync_engine.ports import Tier
 from sync_engine.resilience import Forwarding
 
 __all__ = ["Late"]
+
+log = logging.getLogger(__name__)
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -31,6 +34,9 @@ class Late(Forwarding):
         self._here = False
         self._closed = False
         self._attempt: asyncio.Task[None] | None = None
+        self._calls = 0  # on the tier as it is now
+        self._replaced: dict[Tier, int] = {}  # and on those before it, which are closed after their last
+        self._closing: set[asyncio.Task[None]] = set()
 
     async def ready(self) -> None:
         """Connect if that has not happened; raises ``TierUnavailable`` or ``ConfigError``."""
@@ -39,9 +45,29 @@ class Late(Forwarding):
         if self._closed:
             raise TierUnavailable(self.name, "closed")
         if self._attempt is None:
-            self._attempt = asyncio.get_running_loop().create_task(self._try(), name=f"connect {self.name}")
+            self._attempt = asyncio.get_running_loop().create_task(
+                self._try(self._connect), name=f"connect {self.name}"
+            )
             self._attempt.add_done_callback(self._tried)
         await asyncio.shield(self._attempt)
+
+    @property
+    def here(self) -> bool:
+        """Whether it is connected."""
+        return self._here
+
+    async def another(self, connect: Callable[[], Awaitable[Tier]]) -> Tier:
+        """A tier connected to in another way, for ``replace`` or to be closed; raises what ``ready`` does."""
+        return await self._made(connect)
+
+    def replace(self, tier: Tier | None, connect: Callable[[], Awaitable[Tier]]) -> None:
+        """From now on connect so, and use this tier; calls on the one before it end there."""
+        self._connect = connect
+        if tier is None:
+            return
+        self._replaced[self.tier] = self._calls
+        self._retire(self.tier)
+        self.tier, self._calls = tier, 0
 
     async def close(self) -> None:
         """Close what was connected."""
@@ -50,6 +76,10 @@ class Late(Forwarding):
             await asyncio.wait({self._attempt})
         if self._here:
             await self.tier.close()
+        for replaced in list(self._replaced):
+            await replaced.close()
+        if self._closing:
+            await asyncio.wait(self._closing)
 
     async def _through(self, verb: Callable[P, Coroutine[Any, Any, R]], *args: P.args, **kwargs: P.kwargs) -> R:
         if not self._here:
@@ -59,22 +89,48 @@ class Late(Forwarding):
                 # It says nothing of the items: they wait until somebody has mended it, and are not refused.
                 raise TierUnavailable(self.name, str(unusable)) from unusable
             verb = getattr(self.tier, verb.__name__)
-        return await verb(*args, **kwargs)
+        tier = self.tier
+        self._calls += 1
+        try:
+            return await verb(*args, **kwargs)
+        finally:
+            if tier is self.tier:
+                self._calls -= 1
+            else:
+                self._replaced[tier] -= 1
+                self._retire(tier)
 
-    async def _try(self) -> None:
-        tier = await self._connect()
+    def _retire(self, tier: Tier) -> None:
+        if not self._replaced[tier]:
+            del self._replaced[tier]
+            closing = asyncio.get_running_loop().create_task(_closed(tier), name=f"close {self.name}")
+            self._closing.add(closing)
+            closing.add_done_callback(self._closing.discard)
+
+    async def _made(self, connect: Callable[[], Awaitable[Tier]]) -> Tier:
+        tier = await connect()
         try:
             await self._connected(tier)
         except BaseException:  # cancelled or failed alike: nobody else would close it
             await tier.close()
             raise
-        self.tier = tier
+        return tier
+
+    async def _try(self, connect: Callable[[], Awaitable[Tier]]) -> None:
+        self.tier = await self._made(connect)
         self._here = True
 
     def _tried(self, attempt: asyncio.Task[None]) -> None:
         self._attempt = None
         if not attempt.cancelled():
             attempt.exception()  # its callers have seen it, or are gone
+
+
+async def _closed(tier: Tier) -> None:
+    try:
+        await tier.close()
+    except SyncEngineError as failed:
+        log.warning("closing what %s was before: %s", tier.name, failed)
 
 
 class _Nowhere:

@@ -1,43 +1,35 @@
-"""The concrete parts of one running engine: built in order, owned by one task group, closed in reverse."""
+"""The concrete parts of one running engine: owned by one task group, told of in one place, closed in reverse."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import random
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
-from contextlib import AsyncExitStack, suppress
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence, Set
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar, cast
 
-from sync_engine.clock import Stamps
 from sync_engine.config import SyncEngineConfig
-from sync_engine.embedded import EmbeddedRedis
-from sync_engine.errors import NotRunning, SyncEngineError, TierNotConfigured, TierUnavailable
+from sync_engine.errors import NotRunning, TierNotConfigured, TierUnavailable
 from sync_engine.evict import Eviction
 from sync_engine.heal import Healing
-from sync_engine.item import Op
 from sync_engine.late import Late
 from sync_engine.log import WriteAheadLog
-from sync_engine.notes import Notes
-from sync_engine.ports import Cache, CacheFacts, Clock, States, Tier, Truth
-from sync_engine.pressure import Bands, Gate, Level
+from sync_engine.ports import Cache, CacheFacts, States, Tier, Truth
+from sync_engine.pressure import Bands, Level
 from sync_engine.read import Reader
 from sync_engine.report import EngineStats, Health, LaneStats, StopReport, TierHealth
-from sync_engine.resilience import Breaker, Guarded, RetryPolicy
+from sync_engine.resilience import Breaker, Guarded
 from sync_engine.storage.memory import L1Cache
-from sync_engine.storage.redis import ChangeStream, RedisStore
-from sync_engine.storage.sql import SqlStore
-from sync_engine.trust import Trust, Trusted
+from sync_engine.trust import Trust
 from sync_engine.write.again import Refusals
-from sync_engine.write.batcher import Batcher
 from sync_engine.write.flush import Lane
 from sync_engine.write.path import WritePath
 from sync_engine.write.pending import PendingIndex
 from sync_engine.write.quarantine import Quarantine
 
-__all__ = ["Outside", "Parts", "build"]
+__all__ = ["STREAM_MAY_GO", "Link", "Parts"]
 
 log = logging.getLogger(__name__)
 
@@ -59,14 +51,21 @@ PRESSED: Mapping[Level, str] = {
     "refuse": "writes are slowed, and what no log holds waits",
 }
 
-REDIS_PATIENCE_S = 2.0
-"""How long a read waits for Redis where SQL can answer; after five such waits the breaker spares the next ones."""
 
 REFUSALS_AT_ONCE = 200
 """Refused operations that are sent again with one append to the log: whole items, of whatever size."""
 
-HEALED_WITHIN_S = 2.0
-"""How long a start waits for a Redis that may have lost something; what is left is made up for beside the work."""
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Link:
+    """A tier and how it is connected to: ``settings`` are those that take new connections."""
+
+    tier: Guarded
+    late: Late
+    connect: Callable[[SyncEngineConfig], Awaitable[Tier]]
+    deadlines_s: Callable[[SyncEngineConfig], tuple[float | None, float]]
+    """Of a read, and of a write."""
+    settings: frozenset[str]
 
 
 class Parts:
@@ -86,7 +85,7 @@ class Parts:
         trust: Trust,
         healing: Healing | None,
         eviction: Eviction | None,
-        breakers: Mapping[str, Breaker],
+        links: Sequence[Link],
         told: bool,
         recovered: int,
         failed: Callable[[BaseException], None],
@@ -103,7 +102,7 @@ class Parts:
         self._trust = trust
         self._healing = healing
         self._eviction = eviction
-        self._breakers = breakers
+        self._links = links
         self._told = told
         self._recovered = recovered
         self._failed = failed
@@ -117,7 +116,7 @@ class Parts:
         if self.l3 is None or self.writes.truth is None:
             raise TierNotConfigured("sql_url", "None", "scans and state queries of items need a truth")
         await self.writes.queued()  # what Ack.MEMORY accepted is shown before the log has it
-        # Looked up before any wait: what Redis takes meanwhile queues for the truth behind our place in its line.
+        # Looked up before any wait: what Redis takes meanwhile queues for the truth behind our place in its link.
         leaving = self.writes.leaving_sql()
         await self.writes.truth.current()
         if self.writes.cache is not None and leaving:
@@ -162,8 +161,31 @@ class Parts:
             lanes={lane.tier.name: LaneStats(len(lane.batcher), lane.trouble) for lane in self._lanes},
         )
 
-    def retune(self, config: SyncEngineConfig) -> None:
-        """Take up what may change at run time, in one step of the event loop."""
+    async def reconnect(self, config: SyncEngineConfig, changed: Set[str]) -> dict[Link, Tier | None]:
+        """Connect anew where a setting that changed needs it, beside what is in use; for ``retune``.
+
+        None stands for a tier that is not connected yet. Raises what connecting raises; then nothing has changed.
+        """
+        fresh: dict[Link, Tier | None] = {link: None for link in self._links if link.settings & changed}
+        try:
+            while links := [link for link in fresh if fresh[link] is None and link.late.here]:
+                fresh[links[0]] = await links[0].late.another(partial(links[0].connect, config))
+        except BaseException:  # cancelled or failed alike: nobody else would close them
+            for tier in fresh.values():
+                if tier is not None:
+                    await tier.close()
+            raise
+        return fresh
+
+    def retune(self, config: SyncEngineConfig, fresh: Mapping[Link, Tier | None]) -> None:
+        """Take up what may change at run time, and what ``reconnect`` made, in one step of the event loop."""
+        for link, tier in fresh.items():
+            link.late.replace(tier, partial(link.connect, config))
+            if link.tier.name == "l2" and tier is not None and self._healing is not None:
+                # Whether it was restarted meanwhile only the connections before could have noticed.
+                self._trust.lose("it is connected to anew")
+        for link in self._links:
+            link.tier.bound(*link.deadlines_s(config))
         for lane in self._lanes:
             lane.batcher.bound(
                 flush_count=config.batch_flush_count,
@@ -204,7 +226,10 @@ class Parts:
             if facts is not None:
                 about = facts.about
                 full = max((memory.share for memory in facts.memory if memory.limit_bytes), default=None)
-        return TierHealth(silent is None, trouble, self._breakers[name].phase, len(lane.batcher), about, full)
+        return TierHealth(silent is None, trouble, self._breaker(name).phase, len(lane.batcher), about, full)
+
+    def _breaker(self, name: str) -> Breaker:
+        return next(link.tier.breaker for link in self._links if link.tier.name == name)
 
     def _warnings(self, facts: CacheFacts | None) -> Iterator[str]:
         if facts is not None:
@@ -286,231 +311,3 @@ async def _to_the_end(work: Coroutine[Any, Any, StopReport]) -> StopReport:
     if cancelled is not None:
         raise cancelled
     return task.result()
-
-
-@dataclass(frozen=True, slots=True)
-class Outside:
-    """How ``build`` opens what lies outside of the process; a simulation has its own."""
-
-    log: Callable[..., Awaitable[WriteAheadLog]] = field(default_factory=lambda: WriteAheadLog.open)
-    notes: Callable[[Path], Awaitable[Notes]] = field(default_factory=lambda: Notes.open)
-    quarantine: Callable[..., Quarantine] = Quarantine
-    sql: Callable[..., Awaitable[Tier]] = field(default_factory=lambda: SqlStore.connect)
-    redis: Callable[..., Awaitable[Tier]] = field(default_factory=lambda: RedisStore.connect)
-    rng: Callable[[], random.Random] = random.Random
-
-
-async def build(
-    config: SyncEngineConfig,
-    clock: Clock,
-    failed: Callable[[BaseException], None],
-    around: Callable[[Tier], Tier],
-    outside: Outside | None = None,
-) -> Parts:
-    """Open and connect every part of ``config``, in the order in which they depend on each other."""
-    outside = Outside() if outside is None else outside
-    async with AsyncExitStack() as opened:
-        await asyncio.to_thread(config.data_dir.mkdir, mode=0o700, parents=True, exist_ok=True)
-        journal = None
-        if config.sql_url is not None:
-            # First of all: the log's lock is what keeps a second engine away from this data_dir.
-            journal = await outside.log(config.log_dir, segment_bytes=config.wal_segment_bytes)
-            opened.push_async_callback(journal.close)
-        stamps = Stamps(clock, outside.rng(), after=journal.last_stamp if journal is not None else 0)
-        notes = await outside.notes(config.data_dir / "notes.json")
-        pending = PendingIndex(config.pending_max_bytes)
-        l3 = await _truth(config, clock, around, stamps, opened, outside)
-        trust = Trust("l2", needed=l3 is not None)
-        stream = None
-        if config.enable_cdc_stream:
-            stream = ChangeStream(notes.writer, config.cdc_stream_key, config.cdc_stream_maxlen)
-        cache = await _cache(config, clock, around, trust, stream, opened, outside)
-        l2 = None if cache is None else Trusted(cache, trust, l3, clock, pending.newest_stamp)
-        healing = eviction = None
-        if cache is not None and l3 is not None and config.redis_eviction_enabled:
-            eviction = Eviction(
-                trust,
-                cache,
-                l3,
-                clock,
-                start=config.redis_eviction_start,
-                target=config.redis_eviction_target,
-                rng=outside.rng(),
-            )
-        if cache is not None and l3 is not None:
-            healing = Healing(
-                trust,
-                cache,
-                l3,
-                clock,
-                promotion_ttl_ms=round(config.promotion_ttl * 1000),
-                runs=notes.redis_runs,
-                keep_runs=notes.keep_redis_runs,
-                coming=pending.newest_stamp,
-            )
-            with suppress(SyncEngineError, TimeoutError):  # it is tried again, and told, beside the work
-                async with asyncio.timeout(HEALED_WITHIN_S):
-                    await healing.heal()
-
-        quarantine = outside.quarantine(config.data_dir / "quarantine", clock)
-        await quarantine.open()
-        l1 = L1Cache(config.l1_max_bytes, clock=clock, rng=outside.rng())
-        gate = Gate(
-            ops_max=config.wal_max_items,
-            bytes_max=config.pending_max_bytes,
-            wait_ms=config.backpressure_wait_ms,
-            bands=Bands(config.backpressure_warn, config.backpressure_critical),
-            sleep=clock.sleep,
-        )
-        writes = WritePath(stamps=stamps, gate=gate, journal=journal, pending=pending, quarantine=quarantine)
-        reader = Reader(
-            pending=pending,
-            quarantine=quarantine,
-            l1=l1,
-            l2=l2,
-            l3=l3,
-            read_back=writes.read_back,
-            observe=stamps.observe,
-            clock=clock,
-            promotion_ttl_ms=round(config.promotion_ttl * 1000),
-        )
-        writes.view = reader
-        if l3 is not None:
-            # A cache-only item rarely has a row: it is asked for before it is deleted.
-            writes.truth = _lane(l3, config, clock, writes, _keeps_sql, erases_blindly=False)
-        if l2 is not None:
-            # With a change stream Redis is given what it does not keep as well: it tells of it.
-            keeps = _keeps_redis if stream is None else _keeps_all
-            writes.cache = _lane(l2, config, clock, writes, keeps, erases_blindly=True)
-        recovered = len(journal.recovered) if journal is not None else 0
-        if journal is not None and recovered:
-            log.info("taking up %d operations from the log", recovered)
-            writes.recover(journal.recovered)
-            journal.recovered.clear()  # whole items, which the write path now keeps within its own bound
-        return Parts(
-            l1=l1,
-            l2=l2,
-            l3=l3,
-            journal=journal,
-            pending=pending,
-            quarantine=quarantine,
-            reader=reader,
-            writes=writes,
-            trust=trust,
-            healing=healing,
-            eviction=eviction,
-            breakers={tier.name: tier.breaker for tier in (cache, l3) if tier is not None},
-            told=stream is not None,
-            recovered=recovered,
-            failed=failed,
-            opened=opened.pop_all(),
-        )
-
-
-async def _truth(
-    config: SyncEngineConfig,
-    clock: Clock,
-    around: Callable[[Tier], Tier],
-    stamps: Stamps,
-    opened: AsyncExitStack,
-    outside: Outside,
-) -> Guarded | None:
-    url = config.sql_url
-    if url is None:
-        return None
-
-    async def connect() -> Tier:
-        return await outside.sql(url.get_secret_value(), timeout_ms=config.sql_timeout_ms)
-
-    async def connected(store: Tier) -> None:
-        # Another engine's clock may have run ahead of ours: never stamp below what the truth holds.
-        stamps.observe(await cast(Truth, store).newest_stamp())
-
-    late = await _late("l3", connect, connected, opened)
-    return Guarded(around(late), Breaker("l3", clock), clock)
-
-
-async def _cache(
-    config: SyncEngineConfig,
-    clock: Clock,
-    around: Callable[[Tier], Tier],
-    trust: Trust,
-    stream: ChangeStream | None,
-    opened: AsyncExitStack,
-    outside: Outside,
-) -> Guarded | None:
-    if config.redis_url is None:
-        return None
-    url = config.redis_url.get_secret_value()
-    if url.startswith("embedded://"):
-        server = EmbeddedRedis(data_dir=config.data_dir / "redis")
-        await server.start()
-        opened.push_async_callback(server.stop)
-        url = server.url
-
-    async def connect() -> Tier:
-        return await outside.redis(
-            url,
-            config.redis_prefix,
-            timeout_ms=config.redis_timeout_ms,
-            response_timeout_ms=config.redis_response_timeout_ms,
-            binary_format=config.redis_binary_format,
-            ca_file=config.redis_ca_file,
-            change_stream=stream,
-            on_new_server=trust.lose,
-        )
-
-    async def connected(store: Tier) -> None:
-        if stream is not None and (await cast(Cache, store).facts()).evicts_anything:
-            log.warning(STREAM_MAY_GO)
-
-    late = await _late("l2", connect, connected, opened)
-    # A read that SQL can answer does not wait out a Redis that has stopped; a write is left its full time.
-    write_s = 2 * (config.redis_timeout_ms + config.redis_response_timeout_ms) / 1000
-    read_s = min(write_s, REDIS_PATIENCE_S) if config.sql_url is not None else None
-    return Guarded(around(late), Breaker("l2", clock), clock, read_s, write_deadline_s=write_s)
-
-
-async def _late(
-    name: str,
-    connect: Callable[[], Awaitable[Tier]],
-    connected: Callable[[Tier], Awaitable[None]],
-    opened: AsyncExitStack,
-) -> Late:
-    late = Late(name, connect, connected)
-    opened.push_async_callback(late.close)
-    try:
-        await late.ready()
-    except TierUnavailable as down:
-        log.warning("starting without %s: %s", name, down)
-    return late
-
-
-def _lane(
-    tier: Tier,
-    config: SyncEngineConfig,
-    clock: Clock,
-    writes: WritePath,
-    keeps: Callable[[Op], bool],
-    *,
-    erases_blindly: bool,
-) -> Lane:
-    batcher = Batcher(
-        flush_count=config.batch_flush_count,
-        flush_bytes=config.batch_flush_bytes,
-        flush_after_ms=config.batch_flush_ms,
-        clock=clock,
-    )
-    return Lane(tier, batcher, writes, keeps, erases_blindly=erases_blindly, retry=RetryPolicy(), clock=clock)
-
-
-def _keeps_sql(op: Op) -> bool:
-    return op.sql
-
-
-def _keeps_redis(op: Op) -> bool:
-    return op.redis
-
-
-def _keeps_all(op: Op) -> bool:
-    return True

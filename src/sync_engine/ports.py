@@ -33,6 +33,7 @@ __all__ = [
     "Tier",
     "Truth",
     "Writes",
+    "together",
 ]
 
 
@@ -64,6 +65,18 @@ class Applied:
     restated: Mapping[str, SyncItem] = field(default_factory=dict)
     existed: frozenset[str] = frozenset()
     spared: frozenset[str] = frozenset()
+
+
+def together(parts: Sequence[Applied]) -> Applied:
+    """What became of a batch that was applied in parts."""
+    nothing: frozenset[str] = frozenset()
+    return Applied(
+        superseded=nothing.union(*(part.superseded for part in parts)),
+        refused={id_: refusal for part in parts for id_, refusal in part.refused.items()},
+        restated={id_: item for part in parts for id_, item in part.restated.items()},
+        existed=nothing.union(*(part.existed for part in parts)),
+        spared=nothing.union(*(part.spared for part in parts)),
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -326,6 +326,10 @@ class Guarded(Forwarding):
         # Calls on their way, with the turn their outcome counts for; None once a deadline has spoken for it.
         self._running: dict[asyncio.Task[Any], int | None] = {}
 
+    def bound(self, deadline_s: float | None, write_deadline_s: float | None) -> None:
+        """Set the deadlines of the calls that begin from now on."""
+        self._deadline_s, self._write_deadline_s = deadline_s, write_deadline_s
+
     async def _through(self, verb: Callable[P, Coroutine[Any, Any, R]], *args: P.args, **kwargs: P.kwargs) -> R:
         turn = self.breaker.enter()
         call = asyncio.create_task(verb(*args, **kwargs))

@@ -8,7 +8,7 @@ import pytest
 
 from sync_engine.clock import SystemClock
 from sync_engine.resilience import Breaker, Guarded
-from sync_engine.storage.sql import SqlStore
+from sync_engine.storage.sql import SqlStore, apply
 from sync_engine.testing.contract import TruthContract
 
 
@@ -23,6 +23,15 @@ class TestSqlStore(TruthContract):
     @pytest.fixture
     def tier(self, store: SqlStore) -> SqlStore:
         return store
+
+
+class TestSqlStoreWithThreeWriters(TruthContract):
+    @pytest.fixture
+    async def tier(self, sql_url: str, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[SqlStore]:
+        monkeypatch.setattr(apply, "SHARE_MIN", 2)  # so that the small batches of the suite are shared out too
+        store = await SqlStore.connect(sql_url, write_concurrency=3)
+        yield store
+        await store.close()
 
 
 class TestGuardedSqlStore(TruthContract):

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from sync_engine import Ack, Corruption, SyncItem, TierUnavailable
+from sync_engine.clock import SystemClock
 from sync_engine.testing.tiers import UPKEEP, Breaking, Counting, Deaf
 
 from .rig import CACHE, DURABLE, Held, Rig, on, soon, until
@@ -81,6 +82,23 @@ async def test_I4_with_sql_down_redis_answers_for_what_it_holds_and_only_for_tha
             with pytest.raises(TierUnavailable, match="l3"):
                 await ask("d")
         assert await engine.get("d", stale_ok=True) is None
+
+
+class Impatient(SystemClock):
+    async def sleep(self, seconds: float, /) -> None:
+        await super().sleep(min(seconds, 0.1))
+
+
+async def test_I4_a_read_ends_though_sql_never_answers(rig: Rig) -> None:
+    held: list[Held] = []
+    around = on("l3", lambda tier: Held(tier, ("fetch",)), held)
+    async with rig.engine(around=around, clock=Impatient(), redis=False, l1_max_bytes=0) as engine:
+        await engine.submit(ITEM, ack=Ack.STORED)
+        held[0].hold()
+        with pytest.raises(TierUnavailable, match="l3 is unavailable: no answer within 40 s"):
+            await engine.get(ITEM.object_id)
+        held[0].release()
+        assert await engine.get(ITEM.object_id) == ITEM
 
 
 async def test_I4_stale_ok_returns_the_newest_copy_that_is_known(rig: Rig) -> None:

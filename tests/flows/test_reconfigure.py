@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+import sqlite3
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,13 @@ from sync_engine import (
     SyncEngine,
     SyncEngineConfig,
     SyncItem,
+    TierUnavailable,
 )
 from sync_engine.config import AT_RUN_TIME
 from sync_engine.item import Op
 from sync_engine.ports import Applied
 from sync_engine.resilience import Forwarding
+from sync_engine.testing.fixtures import StartKind
 from sync_engine.write.batcher import BACKLOG_TIMES
 
 from .rig import Held, Rig, on, until
@@ -43,6 +46,10 @@ OTHER: dict[str, Any] = {
     "promotion_ttl": 70.0,
     "redis_eviction_start": 0.7,
     "redis_eviction_target": 0.3,
+    "redis_response_timeout_ms": 700,
+    "redis_timeout_ms": 700,
+    "sql_timeout_ms": 700,
+    "sql_write_concurrency": 7,
     "wal_max_items": 7,
 }
 
@@ -244,3 +251,80 @@ async def test_23_a_hundred_reconfigurations_under_load_drop_nothing(rig: Rig, s
         await rig.check(engine, model)
         assert max(sizes) <= 50 * BACKLOG_TIMES
         assert engine.stats().quarantined == 0
+
+
+# Time-outs, which take new connections
+
+
+async def test_time_outs_change_under_load_and_no_call_notices(rig: Rig) -> None:
+    ids = [f"i{n}" for n in range(600)]
+    async with rig.engine(l1_max_bytes=0) as engine:
+        await engine.submit_many([SyncItem(object_id, b"0") for object_id in ids], ack=Ack.STORED)
+        over = False
+
+        async def read() -> None:
+            while not over:
+                assert len(await engine.get_many(ids)) == len(ids)
+                await asyncio.sleep(0)  # what is pending is answered at once
+
+        async def write(who: int) -> int:
+            turn, ack = 0, (Ack.LOGGED, Ack.STORED)[who]
+            while not over:
+                turn += 1
+                await engine.submit_many([SyncItem(object_id, b"%d" % turn) for object_id in ids[who::2]], ack=ack)
+            return turn
+
+        async with asyncio.TaskGroup() as group:
+            group.create_task(read())
+            writers = [group.create_task(write(who)) for who in range(2)]
+            for ms in range(1_000, 1_008):
+                await engine.reconfigure(sql_timeout_ms=ms, redis_timeout_ms=ms, redis_response_timeout_ms=ms)
+            over = True
+        assert engine.config.sql_timeout_ms == 1_007
+        await engine.flush()
+        held = await engine.get_many(ids)
+        assert all(item.content == b"%d" % writers[n % 2].result() for n, item in enumerate(held.values()))
+        assert held == await (await rig.l3()).get_many(ids)
+        assert held == await rig.l2.get_many(ids)
+        rig.at_rest(engine)
+
+
+async def test_a_shorter_time_out_counts_from_the_next_call_on(rig: Rig) -> None:
+    async with rig.engine(redis=False, sql_timeout_ms=600_000) as engine:
+        await engine.submit(SyncItem("a", b"x"), ack=Ack.STORED)
+        await engine.reconfigure(sql_timeout_ms=1)
+        other = sqlite3.connect(rig.path / "truth.db", isolation_level=None)
+        other.execute("BEGIN IMMEDIATE")
+        await engine.submit(SyncItem("a", b"y"))
+        await until(lambda: engine.stats().lanes["l3"].trouble is not None)
+        other.close()
+        await engine.flush()
+        assert (await engine.status("a")).l3
+
+
+async def test_where_a_tier_cannot_be_connected_to_anew_nothing_changes(rig: Rig, own_kind: StartKind) -> None:
+    server = await own_kind("redis-8-modules")
+    async with rig.engine(redis_url=server.url, redis_prefix="r:") as engine:
+        before = engine.config
+        await engine.submit(SyncItem("a", b"x"), ack=Ack.STORED)
+        await server.kill()
+        with pytest.raises(TierUnavailable, match="l2"):
+            await engine.reconfigure(sql_timeout_ms=10, redis_timeout_ms=10, batch_flush_ms=1)
+        assert engine.config is before
+        await engine.submit(SyncItem("b", b"y"))
+        await server.start()
+        await engine.flush()
+        assert await server.ask("EXISTS", "r:b") == 1
+        await engine.reconfigure(sql_timeout_ms=10, redis_timeout_ms=1_000, batch_flush_ms=1)
+        assert (await engine.get_many(["a", "b"])).keys() == {"a", "b"}
+        rig.at_rest(engine)
+
+
+async def test_a_tier_that_was_never_there_is_connected_to_in_the_new_way(rig: Rig, own_kind: StartKind) -> None:
+    server = await own_kind("redis-8-modules")
+    await server.kill()
+    async with rig.engine(redis_url=server.url, redis_prefix="r:") as engine:
+        await engine.reconfigure(redis_timeout_ms=1_000)
+        await server.start()
+        await engine.submit(SyncItem("a", b"x"), ack=Ack.STORED)
+        assert await server.ask("EXISTS", "r:a") == 1

@@ -40,9 +40,10 @@ from sync_engine import (
     TierUnavailable,
     VersionConflict,
 )
+from sync_engine.build import REDIS_PATIENCE_S
 from sync_engine.embedded import EmbeddedRedis
 from sync_engine.log_writer import Work
-from sync_engine.parts import REDIS_PATIENCE_S, Parts
+from sync_engine.parts import Parts
 from sync_engine.storage.redis import RedisStore
 from sync_engine.storage.sql import SqlStore
 from sync_engine.testing.fixtures import StartRedis

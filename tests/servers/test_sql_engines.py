@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sync_engine.item import Op, SyncItem
-from sync_engine.storage.sql import SqlStore, mysql_words, tables
+from sync_engine.storage.sql import SqlStore, apply, mysql_words, tables
 from sync_engine.storage.sql.apply import bucket_of
 from sync_engine.storage.sql.connect import database_of
 from sync_engine.storage.sql.dialect import BUCKETS
@@ -23,9 +23,12 @@ from sync_engine.storage.sql.words import Said
 from sync_engine.testing.databases import RunningMariaDB, ask
 
 
-@pytest.fixture
-async def stores(sql_url: str) -> AsyncIterator[list[SqlStore]]:
-    stores = [await SqlStore.connect(sql_url, timeout_ms=60_000) for _ in range(4)]
+@pytest.fixture(params=[1, 3], ids=["one-writer", "three-writers"])
+async def stores(
+    sql_url: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[list[SqlStore]]:
+    monkeypatch.setattr(apply, "SHARE_MIN", 20)  # so that the small batches of these tests are shared out too
+    stores = [await SqlStore.connect(sql_url, timeout_ms=60_000, write_concurrency=request.param) for _ in range(4)]
     yield stores
     for store in stores:
         await store.close()
@@ -140,7 +143,7 @@ async def test_Q1_Q5_a_row_is_taken_whole_or_not_at_all(stores: list[SqlStore], 
     for stamp, version, content, state in told:
         item = SyncItem("a", content, version=version, state=state, updated_at=version, batch_id=state)
         new = row_of(item, stamp or 0)
-        await store._writer.transaction(lambda own, new=new: own.attempt(words.upsert([new])))  # type: ignore[misc]
+        await store._writers[0].transaction(lambda own, new=new: own.attempt(words.upsert([new])))  # type: ignore[misc]
         old_stamp, old_hash = (expected[10] or 0, expected[3]) if expected else (0, "")
         wins = not expected or stamp is None or stamp > old_stamp or (stamp == expected[10] and new[3] >= old_hash)
         dirty = 1 if not expected or (wins and (new[3], new[1]) != (expected[3], expected[1])) else 0
@@ -151,7 +154,7 @@ async def test_Q1_Q5_a_row_is_taken_whole_or_not_at_all(stores: list[SqlStore], 
         )  # fmt: skip
         assert tuple(row) == expected
         assert merkle_dirty == dirty
-        await store._writer.transaction(lambda own: own.run(Said("UPDATE sync_items SET merkle_dirty = 0")))
+        await store._writers[0].transaction(lambda own: own.run(Said("UPDATE sync_items SET merkle_dirty = 0")))
 
 
 async def test_Q1_the_order_of_assignments_matters(

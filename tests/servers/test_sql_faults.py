@@ -16,14 +16,20 @@ import pytest
 
 from sync_engine.errors import StoreError, TierUnavailable
 from sync_engine.item import Op, SyncItem
-from sync_engine.storage.sql import SqlStore
+from sync_engine.storage.sql import SqlStore, apply
 from sync_engine.storage.sql.words import Said
 from sync_engine.testing.databases import ask
 
 
+@pytest.fixture(params=[1, 3], ids=["one-writer", "three-writers"])
+def writers(request: pytest.FixtureRequest) -> int:
+    return int(request.param)
+
+
 @pytest.fixture
-async def store(sql_url: str) -> AsyncIterator[SqlStore]:
-    store = await SqlStore.connect(sql_url)
+async def store(sql_url: str, writers: int, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[SqlStore]:
+    monkeypatch.setattr(apply, "SHARE_MIN", 2)
+    store = await SqlStore.connect(sql_url, write_concurrency=writers)
     yield store
     await store.close()
 
@@ -156,12 +162,12 @@ async def test_Q10_a_batch_that_fails_midway_leaves_nothing_behind(in_file: SqlS
 
 
 async def test_Q10_a_full_disk_is_unavailable_leaves_nothing_behind_and_passes(in_file: SqlStore) -> None:
-    await (await in_file._writer.session()).rows(Said("PRAGMA max_page_count = 40"))
+    await (await in_file._writers[0].session()).rows(Said("PRAGMA max_page_count = 40"))
     ops = [put(f"a{number}", 1, bytes(20_000)) for number in range(100)]
     with pytest.raises(TierUnavailable, match="disk is full"):
         await in_file.apply(ops)
     assert await in_file.count() == 0
-    await (await in_file._writer.session()).rows(Said("PRAGMA max_page_count = 100000"))
+    await (await in_file._writers[0].session()).rows(Said("PRAGMA max_page_count = 100000"))
     await in_file.apply(ops)
     assert await in_file.count() == 100
 
@@ -175,9 +181,10 @@ async def test_a_cancelled_caller_leaves_no_open_transaction(store: SqlStore) ->
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
         await store.apply([put("next", steps + 1)])  # waits for what the cancelled caller left running
-        assert not (await store._writer.session()).in_transaction
+        await store.apply([put(f"next{n}", steps + 1) for n in range(50)])  # with every writer
+        assert not any([(await writer.session()).in_transaction for writer in store._writers])
         contents = {item.content for item in await store.scan_prefix("a")}
-        assert len(contents) <= 1, "half a batch is visible"
+        assert len(contents) <= len(store._writers), "half a transaction is visible"
 
 
 async def test_cancelled_reads_never_give_another_call_their_answer(store: SqlStore) -> None:

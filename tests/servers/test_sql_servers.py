@@ -160,7 +160,7 @@ async def test_Q11_the_settings_hold_on_every_connection_and_after_it_was_lost(u
     """The original set its isolation on one of twenty pooled connections."""
     store = await SqlStore.connect(url, timeout_ms=2500)
     for _ in range(2):
-        sessions = [await lane.session() for lane in (store._writer, *store._readers)]
+        sessions = [await lane.session() for lane in (*store._writers, *store._readers)]
         assert len(set(sessions)) > 2
         for session in sessions:
             if url.startswith("mysql"):
@@ -287,7 +287,7 @@ async def test_a_cancelled_caller_costs_no_connection_and_gets_nobody_elses_answ
     ids = [f"a{number}" for number in range(50)]
     await store.apply([put(id_, 1, id_.encode()) for id_ in ids])
     await asyncio.gather(*[store.exists("a1") for _ in range(5)])
-    before = {id(await lane.session()) for lane in (store._writer, *store._readers)}
+    before = {id(await lane.session()) for lane in (*store._writers, *store._readers)}
     for number in range(300):
         work = (
             store.get(ids[number % 50])
@@ -301,7 +301,7 @@ async def test_a_cancelled_caller_costs_no_connection_and_gets_nobody_elses_answ
         item = await store.get(ids[(number + 7) % 50])
         assert item is not None
         assert item.content.decode() == ids[(number + 7) % 50]
-    assert {id(await lane.session()) for lane in (store._writer, *store._readers)} == before
+    assert {id(await lane.session()) for lane in (*store._writers, *store._readers)} == before
     assert await connections(url) <= 3
     await store.close()
     assert await settled(url, 0) == 0

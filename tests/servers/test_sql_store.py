@@ -358,7 +358,7 @@ async def test_Q20_nothing_of_users_or_urls_is_logged_or_shown(sql_url: str, cap
     await store.put(SyncItem("id.canary", b"content-canary", home_instance_id="label-canary"))
     await store.get("id.canary")
     with pytest.raises(StoreError) as refused:
-        await store._writer.transaction(lambda own: own.rows(Said("SELECT nothing FRM nowhere", ())))
+        await store._writers[0].transaction(lambda own: own.rows(Said("SELECT nothing FRM nowhere", ())))
     await store.close()
     told = caplog.text + repr(store) + str(refused.value)
     password = sql_url.partition(":")[2].partition("@")[0].rpartition(":")[2]

@@ -99,7 +99,7 @@ async def test_a_folder_or_a_file_in_the_way_is_named(tmp_path: Path) -> None:
 
 async def test_Q11_the_settings_hold_on_every_connection(store: SqlStore) -> None:
     """The original set its isolation and its sync mode on one of twenty pooled connections."""
-    sessions = [await lane.session() for lane in (store._writer, *store._readers)]
+    sessions = [await lane.session() for lane in (*store._writers, *store._readers)]
     assert len(set(sessions)) > 2
     for session in sessions:
         for name, value in (*SETTINGS, ("busy_timeout", 200)):
@@ -119,7 +119,7 @@ async def test_Q17_every_query_goes_through_an_index(store: SqlStore) -> None:
         Said("SELECT id FROM sync_items WHERE merkle_dirty = 1 LIMIT 10"),
         Said("SELECT id FROM sync_items WHERE timestamp > 5 LIMIT 10"),
     ]
-    session = await store._writer.session()
+    session = await store._writers[0].session()
     for said in asked:
         steps = [row[3] for row in await session.rows(Said("EXPLAIN QUERY PLAN " + said.text, said.values))]
         plan = " / ".join(

@@ -22,6 +22,7 @@ BOUNDS: list[tuple[str, float | None, float | None]] = [
     ("batch_flush_ms", 0, 60_000),
     ("batch_flush_count", 1, 100_000),
     ("batch_flush_bytes", 1, None),
+    ("sql_write_concurrency", 1, 64),
     ("wal_max_items", 1, None),
     ("wal_segment_bytes", 4_096, 1024 * 1024 * 1024),
     ("pending_max_bytes", 0, None),

@@ -14,7 +14,7 @@ from typing import Protocol
 
 from sync_engine.errors import StoreError, TierUnavailable
 from sync_engine.item import Op
-from sync_engine.ports import Applied, Clock, Tier
+from sync_engine.ports import Applied, Clock, Tier, together
 from sync_engine.resilience import RetryPolicy, retrying
 from sync_engine.write.batcher import Batcher
 from sync_engine.write.pending import Entry
@@ -154,14 +154,7 @@ class Lane:
             if len(ops) == 1:
                 return Applied(refused={ops[0].object_id: refused})
         half = len(ops) // 2
-        one, two = await self._isolating(ops[:half]), await self._isolating(ops[half:])
-        return Applied(
-            superseded=one.superseded | two.superseded,
-            refused={**one.refused, **two.refused},
-            restated={**one.restated, **two.restated},
-            existed=one.existed | two.existed,
-            spared=one.spared | two.spared,
-        )
+        return together([await self._isolating(ops[:half]), await self._isolating(ops[half:])])
 
     async def current(self) -> None:
         """Wait until the tier has everything accepted before this call; raises if the tier is in trouble."""

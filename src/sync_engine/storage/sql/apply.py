@@ -22,7 +22,10 @@ from sync_engine.storage.sql.rows import Value, item_of, row_of
 from sync_engine.storage.sql.tables import TOMBSTONE_LIFE_MS
 from sync_engine.storage.sql.words import FORGOTTEN, Said, Words
 
-__all__ = ["apply_ops", "bucket_of"]
+__all__ = ["apply_ops", "bucket_of", "shared_out"]
+
+SHARE_MIN: Final = 250
+"""Operations that are worth a transaction of their own: below, its commit costs more than is gained."""
 
 ROW_BYTES: Final = 512
 """About what a row binds beside its content."""
@@ -67,6 +70,17 @@ async def apply_ops(
 def bucket_of(object_id: str) -> int:
     """The bucket whose writers take turns. Part of the format: every engine on a database must agree."""
     return zlib.crc32(object_id.encode()) % BUCKETS
+
+
+def shared_out(ops: Sequence[Op], writers: int) -> list[Sequence[Op]]:
+    """The operations for so many writers at most, none of which has to wait for a bucket of another one."""
+    count = min(writers, len(ops) // SHARE_MIN)
+    if count < 2:
+        return [ops]
+    shares: list[list[Op]] = [[] for _ in range(count)]
+    for op in ops:
+        shares[bucket_of(op.object_id) * count // BUCKETS].append(op)
+    return [share for share in shares if share]
 
 
 class _Batch:

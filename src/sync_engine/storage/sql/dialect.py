@@ -135,6 +135,8 @@ class Database(Protocol):
     """SQLAlchemy's, which turns tables.py into CREATE TABLE."""
     owned_tables: Sequence[Table]
     """All tables to be made."""
+    one_writer: bool
+    """Whether only one transaction at a time may write, whatever it writes."""
 
     def words(self, table: Table) -> Words:
         """The statements about a table of items."""

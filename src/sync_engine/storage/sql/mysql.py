@@ -64,6 +64,7 @@ class Mysql:
 
     dialect: Dialect = mysql.dialect()
     owned_tables: Sequence[Table] = (*tables.metadata.sorted_tables, tables.locks)
+    one_writer = False
 
     def __init__(self, address: Address, timeout_ms: int) -> None:
         self._driver = _driver()

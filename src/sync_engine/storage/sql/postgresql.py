@@ -52,6 +52,7 @@ class Postgresql:
 
     dialect: Dialect = postgresql.dialect()  # type: ignore[no-untyped-call]  # SQLAlchemy's own
     owned_tables: Sequence[Table] = tuple(tables.metadata.sorted_tables)
+    one_writer = False
 
     def __init__(self, address: Address, timeout_ms: int) -> None:
         self._driver = _driver()

@@ -52,6 +52,7 @@ class Sqlite:
 
     dialect: Dialect = sqlite.dialect()
     owned_tables: Sequence[Table] = tuple(tables.metadata.sorted_tables)
+    one_writer = True
 
     def __init__(self, path: Path, timeout_ms: int) -> None:
         self._path = path

@@ -1,18 +1,19 @@
-"""What L3 does, whatever the database: the verbs, the one writer, the few readers, and who owns a transaction."""
+"""What L3 does, whatever the database: the verbs, the few writers and readers, and who owns a transaction."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
+from functools import partial
 from typing import Any, Final, TypeVar
 from uuid import uuid4
 
 from sync_engine.clock import SystemClock
 from sync_engine.errors import ConfigError, TierUnavailable
 from sync_engine.item import Op, SyncItem, check_id, check_state
-from sync_engine.ports import Applied, BatchWriteResult, Changes, Clock, Fetched
+from sync_engine.ports import Applied, BatchWriteResult, Changes, Clock, Fetched, together
 from sync_engine.storage.sql import history, tables
-from sync_engine.storage.sql.apply import apply_ops
+from sync_engine.storage.sql.apply import apply_ops, shared_out
 from sync_engine.storage.sql.connect import database_of
 from sync_engine.storage.sql.dialect import Database, Session
 from sync_engine.storage.sql.lanes import Lane
@@ -40,12 +41,14 @@ class SqlStore:
 
     name = "l3"
 
-    def __init__(self, database: Database, first: Session, clock: Clock, tables_made: bool = False) -> None:
+    def __init__(
+        self, database: Database, first: Session, clock: Clock, tables_made: bool = False, writers: int = 1
+    ) -> None:
         self.tables_made = tables_made
         """Whether connecting has made the tables, or changed them."""
         self._database = database
         # The connections there will ever be. The first is there; the others are opened when they have something to do.
-        self._writer = Lane(database, first)
+        self._writers = [Lane(database, first), *(Lane(database) for _ in range(writers - 1))]
         self._readers = [Lane(database) for _ in range(READERS)]
         self._clock = clock
         self._words = database.words(tables.items)
@@ -53,17 +56,22 @@ class SqlStore:
         self._closing: asyncio.Task[None] | None = None
 
     @classmethod
-    async def connect(cls, url: str, *, timeout_ms: int = 5000, clock: Clock | None = None) -> SqlStore:
+    async def connect(
+        cls, url: str, *, timeout_ms: int = 5000, clock: Clock | None = None, write_concurrency: int = 1
+    ) -> SqlStore:
         """Open the database that the URL names (SQLite: or make it), and make its tables.
 
         ``sqlite:///path``, ``mysql://user:password@host/database`` (or ``mariadb://``) and
         ``postgresql://user:password@host/database``; options and TLS in docs/operations.md. ``timeout_ms`` is how long
-        a write waits for the lock of another one. Raises ``ConfigError`` for a URL that is not supported or a driver
-        that is missing, ``StoreError`` for a database that is not ours to use, ``TierUnavailable`` for one that
-        cannot be reached or is locked.
+        a write waits for the lock of another one. ``write_concurrency`` (1 to 64) is into how many transactions, each
+        on a connection of its own, a large batch is split; SQLite has one writer and ignores it. Raises
+        ``ConfigError`` for a URL that is not supported or a driver that is missing, ``StoreError`` for a database that
+        is not ours to use, ``TierUnavailable`` for one that cannot be reached or is locked.
         """
         if type(timeout_ms) is not int or not 1 <= timeout_ms <= 600_000:
             raise ConfigError(f"timeout_ms = {timeout_ms!r}: must be an integer from 1 to 600000")
+        if type(write_concurrency) is not int or not 1 <= write_concurrency <= 64:
+            raise ConfigError(f"write_concurrency = {write_concurrency!r}: must be an integer from 1 to 64")
         clock = clock or SystemClock()
         database = database_of(url, timeout_ms)
         session = None
@@ -75,7 +83,8 @@ class SqlStore:
                 await session.close()
             await database.close()
             raise
-        return cls(database, session, clock, tables_made)
+        writers = 1 if database.one_writer else write_concurrency
+        return cls(database, session, clock, tables_made, writers)
 
     # The port: many ids first, facts back.
 
@@ -96,7 +105,7 @@ class SqlStore:
         return [id_ in held for id_ in ids]
 
     async def apply(self, ops: Sequence[Op], /) -> Applied:
-        """Apply at most one operation per id, all in one transaction that is durable when this returns.
+        """Apply at most one operation per id, durably when this returns: in one transaction, or one per writer.
 
         Per item: an older stamp than the table's is superseded, a row that the database refuses or a version
         that differs from ``if_version`` is refused, and the rest goes through. If this raises, the outcome is
@@ -159,7 +168,7 @@ class SqlStore:
     async def note_late(self, at_ms: int, stamp: int, /) -> None:
         """Remember durably that from this moment on a cache is given an operation of this old stamp."""
         await self._owned(
-            lambda: self._writer.transaction(lambda own: history.note_late(own, self._words, at_ms, stamp))
+            lambda: self._writers[0].transaction(lambda own: history.note_late(own, self._words, at_ms, stamp))
         )
 
     async def late_since(self, at_ms: int, /) -> int | None:
@@ -246,9 +255,19 @@ class SqlStore:
         if not ops:
             return Applied()
         now_ms, words = self._clock.now_ms(), self._words
-        return await self._owned(
-            lambda: self._writer.transaction(lambda own: apply_ops(own, words, ops, now_ms, batch_id))
-        )
+
+        async def applied(writer: Lane, share: Sequence[Op]) -> Applied:
+            return await writer.transaction(lambda own: apply_ops(own, words, share, now_ms, batch_id))
+
+        shares = shared_out(ops, len(self._writers))
+        if len(shares) == 1:
+            return await self._owned(lambda: applied(self._writers[0], ops))
+        work = [self._owned(partial(applied, *each)) for each in zip(self._writers, shares, strict=False)]
+        answers = await asyncio.gather(*work, return_exceptions=True)
+        failures = [answer for answer in answers if isinstance(answer, BaseException)]
+        for failure in sorted(failures, key=lambda each: not isinstance(each, TierUnavailable)):
+            raise failure  # one that passes first: what was refused is refused again
+        return together([answer for answer in answers if isinstance(answer, Applied)])
 
     async def _rows(self, said: Said) -> list[Row]:
         if self._closing is not None:
@@ -294,7 +313,7 @@ class SqlStore:
 
     async def _close(self) -> None:
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        for lane in (self._writer, *self._readers):
+        for lane in (*self._writers, *self._readers):
             await lane.close()
         await self._database.close()
 

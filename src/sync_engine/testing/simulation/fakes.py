@@ -20,7 +20,7 @@ import msgspec
 from sync_engine.errors import NotRunning, StoreError, SyncEngineError, TierUnavailable
 from sync_engine.item import Op
 from sync_engine.notes import Notes, _Noted
-from sync_engine.ports import Applied, Clock, Logged, Tier
+from sync_engine.ports import Applied, Clock, Logged, Tier, together
 from sync_engine.resilience import Forwarding
 from sync_engine.testing.simulation.loop import SimulatedLoop
 from sync_engine.testing.tiers import MemoryTier
@@ -160,12 +160,7 @@ class Server:
         if self.run != call.run or self._rng.random() < 0.5:
             raise TierUnavailable(self.tier.name, "the connection was lost in the middle of a batch")
         two = await call.verb(ops[half:])
-        return Applied(
-            one.superseded | two.superseded,
-            {**one.refused, **two.refused},
-            {**one.restated, **two.restated},
-            one.existed | two.existed,
-        )
+        return together([one, two])
 
     def __repr__(self) -> str:
         return f"<Server {self.tier!r} run {self.run}{'' if self.up else ', down'}>"

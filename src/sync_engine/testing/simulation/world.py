@@ -16,12 +16,13 @@ from typing import Any, Final, TypeVar
 
 from pydantic import SecretStr
 
+from sync_engine.build import Outside, build
 from sync_engine.config import SyncEngineConfig
 from sync_engine.engine import SyncEngine
 from sync_engine.errors import SyncEngineError, TierUnavailable, VersionConflict
 from sync_engine.item import Op, SyncItem
 from sync_engine.options import Ack, Receipt, SubmitOptions
-from sync_engine.parts import Outside, Parts, build
+from sync_engine.parts import Parts
 from sync_engine.ports import Tier
 from sync_engine.testing.simulation.fakes import (
     EPOCH_MS,
