@@ -10,6 +10,7 @@ from sync_engine.clock import SystemClock
 from sync_engine.resilience import Breaker, Guarded
 from sync_engine.storage.sql import SqlStore, apply
 from sync_engine.testing.contract import TruthContract
+from sync_engine.testing.fixtures import DATABASES
 
 
 @pytest.fixture
@@ -25,6 +26,8 @@ class TestSqlStore(TruthContract):
         return store
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("sql_url", DATABASES, indirect=True)  # SQLite has one writer, whatever it is told
 class TestSqlStoreWithThreeWriters(TruthContract):
     @pytest.fixture
     async def tier(self, sql_url: str, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[SqlStore]:
@@ -36,8 +39,8 @@ class TestSqlStoreWithThreeWriters(TruthContract):
 
 class TestGuardedSqlStore(TruthContract):
     @pytest.fixture
-    async def tier(self, store: SqlStore) -> AsyncIterator[Guarded]:
+    async def tier(self, sqlite_url: str) -> AsyncIterator[Guarded]:
         clock = SystemClock()
-        guarded = Guarded(store, Breaker("l3", clock), clock, deadline_s=60)
+        guarded = Guarded(await SqlStore.connect(sqlite_url), Breaker("l3", clock), clock, deadline_s=60)
         yield guarded
         await guarded.close()
