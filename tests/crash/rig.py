@@ -35,6 +35,7 @@ __all__ = [
     "thorough",
     "until",
     "until_well",
+    "write_locked",
 ]
 
 JOURNAL_WITHIN_S = 30.0
@@ -358,7 +359,14 @@ class Rig:
 @contextmanager
 def locked(rig: Rig) -> Iterator[sqlite3.Connection]:
     """Somebody else holds the write lock of the truth."""
-    other = sqlite3.connect(rig.data_dir / "truth.db", isolation_level=None)
+    with write_locked(rig.data_dir / "truth.db") as other:
+        yield other
+
+
+@contextmanager
+def write_locked(path: Path) -> Iterator[sqlite3.Connection]:
+    """The same of any file."""
+    other = sqlite3.connect(path, isolation_level=None)
     try:
         other.execute("BEGIN IMMEDIATE")
         yield other
