@@ -14,9 +14,11 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 
 from bench import (
+    drain,
     end_to_end,
     growth,
     l1_reads,
+    log_latency,
     log_writes,
     redis_binary,
     redis_cluster,
@@ -41,8 +43,13 @@ QUESTIONS: Mapping[str, Callable[[Stage], Awaitable[list[Answer]]]] = {
     "redis_cluster": redis_cluster.ask,
     "l1_reads": l1_reads.ask,
     "log_writes": log_writes.ask,
+    "log_latency": log_latency.ask,
     "sql_writes": sql_writes.ask_all,
     "end_to_end": end_to_end.ask,
+    "end_to_end_mariadb": end_to_end.ask_mariadb,
+    "end_to_end_postgresql": end_to_end.ask_postgresql,
+    "drain": drain.ask,
+    "drain_servers": drain.ask_servers,
     "growth": growth.ask,
 }
 RESULTS = Path(__file__).parent / "results"
