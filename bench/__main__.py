@@ -16,6 +16,7 @@ from pathlib import Path
 from bench import (
     drain,
     end_to_end,
+    flush_writers,
     growth,
     l1_reads,
     log_latency,
@@ -48,6 +49,7 @@ QUESTIONS: Mapping[str, Callable[[Stage], Awaitable[list[Answer]]]] = {
     "end_to_end": end_to_end.ask,
     "end_to_end_mariadb": end_to_end.ask_mariadb,
     "end_to_end_postgresql": end_to_end.ask_postgresql,
+    "flush_writers": flush_writers.ask,
     "drain": drain.ask,
     "drain_servers": drain.ask_servers,
     "growth": growth.ask,

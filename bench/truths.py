@@ -21,7 +21,7 @@ from sync_engine import SyncItem
 from sync_engine.storage.sql import SqlStore
 from sync_engine.testing.databases import RunningDatabase, RunningMariaDB, RunningPostgres, ask
 
-__all__ = ["Hand", "MariaDB", "PostgreSQL", "Sqlite", "Truth", "made"]
+__all__ = ["Hand", "MariaDB", "PostgreSQL", "Server", "Sqlite", "Truth", "made"]
 
 COLUMNS = ("id", "version", "timestamp", "payload", "state", "access_count", "last_accessed", "stamp")
 TYPES = ("text", "int8", "int8", "text", "text", "int8", "int8", "int8")
