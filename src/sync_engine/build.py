@@ -79,7 +79,9 @@ async def build(
         journal = None
         if config.sql_url is not None:
             # First of all: the log's lock is what keeps a second engine away from this data_dir.
-            journal = await outside.log(config.log_dir, segment_bytes=config.wal_segment_bytes)
+            journal = await outside.log(
+                config.log_dir, segment_bytes=config.wal_segment_bytes, reserve_bytes=config.wal_reserve_bytes
+            )
             opened.push_async_callback(journal.close)
         stamps = Stamps(clock, outside.rng(), after=journal.last_stamp if journal is not None else 0)
         notes = await outside.notes(config.data_dir / "notes.json")

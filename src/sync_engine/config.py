@@ -131,6 +131,9 @@ class SyncEngineConfig(BaseSettings):
     """Unsettled operations the log may hold; beyond it writes wait, then raise ``Backpressure``."""
     wal_segment_bytes: int = Field(16 * MIB, ge=4_096, le=1024 * MIB)
     """Size at which the log starts a new file; settled files are deleted whole."""
+    wal_reserve_bytes: int = Field(16 * MIB, ge=0, le=1024 * MIB)
+    """Bytes of the log's disk that are held back, and given up when SQLite or the quarantine there has no room; nothing
+    is accepted meanwhile. 0: none."""
     pending_max_bytes: int = Field(64 * MIB, ge=0)
     """Unsettled items kept in memory; beyond it their values are read back from the log when flushed."""
     backpressure_wait_ms: int = Field(1_000, ge=0, le=600_000)

@@ -11,6 +11,7 @@
     ├── NotRunning             the engine is not started, or is stopped
     ├── Backpressure           a bound was reached and stayed reached for the agreed wait
     ├── TierUnavailable        a tier could not be asked; the outcome of a write is then unknown, not failed
+    │   └── DiskFull           its disk has no room
     ├── Corruption             stored bytes do not match their SHA-256
     ├── VersionConflict        a compare-and-set met another version
     ├── SearchError            a search, or a call on a search index, cannot be done as it is
@@ -30,6 +31,7 @@ __all__ = [
     "Backpressure",
     "ConfigError",
     "Corruption",
+    "DiskFull",
     "IndexConflict",
     "IndexNotFound",
     "InvalidId",
@@ -115,6 +117,10 @@ class TierUnavailable(SyncEngineError):
         super().__init__(f"{tier} is unavailable: {reason}")
         self.tier = tier
         self.reason = reason
+
+
+class DiskFull(TierUnavailable):
+    """The disk of a tier, or of the log, has no room."""
 
 
 class Corruption(SyncEngineError):

@@ -36,6 +36,7 @@ class WriteAheadLog:
     """A journal in a folder. Make it with ``open``; every call belongs to the event loop that opened it."""
 
     def __init__(self, folder: Folder, found: Recovery, segment_bytes: int) -> None:
+        self._reserve = folder.reserve
         self.recovered: list[Logged] = found.records
         """What the last run left unsettled, in order. Clear it once it is taken over: it holds whole items."""
         self.damage: list[str] = found.damage
@@ -71,14 +72,16 @@ class WriteAheadLog:
         self._tidy()
 
     @classmethod
-    async def open(cls, path: Path, *, segment_bytes: int = SEGMENT_BYTES) -> WriteAheadLog:
+    async def open(cls, path: Path, *, segment_bytes: int = SEGMENT_BYTES, reserve_bytes: int = 0) -> WriteAheadLog:
         """Lock the folder ``path`` (made with mode 0700) and read what is in it.
+
+        ``reserve_bytes`` of its disk are kept free for who needs them to drain it (``relieve``).
 
         Raises ``ConfigError`` if it is no folder, belongs to another process or has a newer format;
         ``TierUnavailable`` if it cannot be read or repaired. Damage is no error: see ``damage``.
         """
         loop = asyncio.get_running_loop()
-        opening = loop.run_in_executor(None, _open, path)
+        opening = loop.run_in_executor(None, _open, path, reserve_bytes)
         try:
             folder, found = await asyncio.shield(opening)
         except asyncio.CancelledError:
@@ -137,6 +140,22 @@ class WriteAheadLog:
             places.append((segment.path, segment.first_seq, record))
         return await asyncio.to_thread(_read, places)
 
+    def relieve(self) -> None:
+        """Somebody on this disk, without whom nothing is settled, has no room: give up the reserve.
+
+        Nothing is accepted from then on until it is back, which is tried with whatever else there is to do.
+        """
+        self._work.relieve = True
+        self._schedule(soon=True)
+
+    @property
+    def full(self) -> bool:
+        """Whether the disk is too full to accept anything. Asking has it looked at again."""
+        if self._reserve.held:
+            return False
+        self._schedule()
+        return True
+
     async def close(self) -> None:
         """Write what was appended, the marks included, and give the folder back. Safe to call twice."""
         if self._closing is None:
@@ -177,6 +196,7 @@ class WriteAheadLog:
             self._scheduled = None
         work, self._work = self._work, Work()
         work.oldest = self._segments[0].first_seq if self._segments else 0
+        work.unsettled = self._unsettled
         self._writer.submit(work)
 
     def _hear(self, outcome: Outcome) -> None:
@@ -206,9 +226,10 @@ class WriteAheadLog:
                 if record.op.stamp > self.last_stamp:
                     self.last_stamp = record.op.stamp
             self._call(append.on_durable, records)
-        reason = outcome.reason.reason if outcome.reason else ""
         for append in outcome.failed:
-            self._call(append.on_failed, TierUnavailable("log", reason))
+            # One of their own for each: an error that several callers raise gathers all their tracebacks.
+            reason = outcome.reason or TierUnavailable("log", "")
+            self._call(append.on_failed, type(reason)("log", reason.reason))
         if not outcome.rotated or outcome.opened is not None:
             # A new segment that could not be had is asked for again by the next call, not at once and for ever.
             self._tidy()
@@ -238,8 +259,8 @@ class WriteAheadLog:
             self._schedule(soon=True)
 
 
-def _open(path: Path) -> tuple[Folder, Recovery]:
-    folder = Folder(path)
+def _open(path: Path, reserve_bytes: int) -> tuple[Folder, Recovery]:
+    folder = Folder(path, reserve_bytes=reserve_bytes)
     try:
         return folder, folder.recover()
     except BaseException:  # failed in any way: the folder's lock must not stay with us

@@ -5,6 +5,7 @@ Everything here blocks and runs in a thread. What the bytes mean is decided in l
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import logging
 import os
@@ -14,15 +15,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from zlib import crc32
 
-from sync_engine.errors import ConfigError, TierUnavailable
+from sync_engine.errors import ConfigError, DiskFull, TierUnavailable
 from sync_engine.log_record import FRAME_BYTES, HEADER_BYTES, BadRecord, Header, decode_op
+from sync_engine.log_reserve import Reserve
 from sync_engine.log_segment import Scan, Segment, gaps, scan
 from sync_engine.ports import Logged
 
-__all__ = ["Folder", "Recovery", "frame_place", "position", "unavailable", "write_all"]
+__all__ = ["NO_SPACE", "Folder", "Recovery", "frame_place", "position", "unavailable", "write_all"]
 
 logger = logging.getLogger(__name__)
 
+NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT})
 SPARE_BYTES = 4_096
 _NAME = re.compile(r"(\d{20})\.seg")
 _FLAGS = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -51,9 +54,10 @@ class _Note:
 class Folder:
     """An owned log folder. One ``Folder`` per path at a time, across processes."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, reserve_bytes: int = 0) -> None:
         """Make the folder if need be and lock it. Raises ``ConfigError`` and ``TierUnavailable``."""
         self.path = path
+        self.reserve = Reserve(path / "reserve", reserve_bytes)
         try:
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError):
@@ -87,9 +91,12 @@ class Folder:
         Raises ``TierUnavailable`` when a file cannot be read or written at all.
         """
         try:
-            return self._recover()
+            found = self._recover()
         except OSError as failed:
             raise unavailable(failed) from failed
+        if not self.reserve.make(room=self.reserve.size if found.records else 0):
+            logger.warning("log %s: the disk is full; nothing is accepted until it has room", self.path)
+        return found
 
     def create(self, header: Header) -> tuple[int, Path]:
         """A new segment, on disk before anything is written to it. Raises ``OSError``.
@@ -231,7 +238,8 @@ def write_all(fd: int, data: bytes, offset: int) -> None:
 
 def unavailable(failed: OSError) -> TierUnavailable:
     """An I/O error in the words of this library."""
-    return TierUnavailable("log", failed.strerror or type(failed).__name__)
+    kind = DiskFull if failed.errno in NO_SPACE else TierUnavailable
+    return kind("log", failed.strerror or type(failed).__name__)
 
 
 def _parse_note(text: bytes) -> _Note | None:

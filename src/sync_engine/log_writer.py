@@ -7,7 +7,6 @@ only writes it down.
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import threading
@@ -19,9 +18,9 @@ from queue import Empty, SimpleQueue
 
 import msgspec
 
-from sync_engine.errors import TierUnavailable
+from sync_engine.errors import DiskFull, TierUnavailable
 from sync_engine.item import Op
-from sync_engine.log_folder import Folder, position, unavailable, write_all
+from sync_engine.log_folder import NO_SPACE, Folder, position, unavailable, write_all
 from sync_engine.log_record import FRAME_BYTES, HEADER_BYTES, Header, encode_settled, frame
 from sync_engine.log_segment import Segment
 from sync_engine.ports import Logged
@@ -32,7 +31,6 @@ logger = logging.getLogger(__name__)
 
 GROUP_BYTES_MAX = 4 * 1024 * 1024
 """One write takes no more than this beyond its first append; it bounds the copy that is made of it."""
-_NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
 class Append(msgspec.Struct, eq=False):
@@ -46,13 +44,18 @@ class Append(msgspec.Struct, eq=False):
 
 @dataclass(slots=True)
 class Work:
-    """What the loop hands over in one tick. ``oldest`` is the first record of the oldest segment that stays."""
+    """What the loop hands over in one tick. ``oldest`` is the first record of the oldest segment that stays.
+
+    ``unsettled`` records are known to it; ``relieve``: the reserve is needed.
+    """
 
     appends: list[Append] = field(default_factory=list)
     settled: list[int] = field(default_factory=list)
     doomed: list[Path] = field(default_factory=list)
     oldest: int = 0
     rotate: bool = False
+    unsettled: int = 0
+    relieve: bool = False
 
 
 @dataclass(slots=True)
@@ -103,6 +106,9 @@ class Writer(threading.Thread):
         self._settled: list[int] = []
         self._doomed: deque[Path] = deque()
         self._rotate = False
+        self._relieve = False
+        self._unsettled = 0
+        self._trouble = ""  # why groups are not written, as it was logged
         self._stopping = False
         # The active segment: -1 while there is none, which is how a run begins and what a failed sync leaves.
         self._fd = -1
@@ -121,11 +127,15 @@ class Writer(threading.Thread):
         try:
             while not self._stopping or self._waiting:
                 self._receive()
+                if self._relieve:
+                    self._give_up_reserve()
                 # Room is made first: the group that waits may need it.
                 if self._rotate:
                     self._rotate_settled()
                 if self._doomed:
                     self._remove_doomed()
+                if not self._has_reserve():
+                    self._refuse()
                 if self._waiting or self._settled:
                     self._commit(self._group())
             self._finish()
@@ -153,6 +163,8 @@ class Writer(threading.Thread):
             self._doomed.extend(work.doomed)
             self._oldest = max(self._oldest, work.oldest)
             self._rotate |= work.rotate
+            self._relieve |= work.relieve
+            self._unsettled = work.unsettled
 
     def _group(self) -> list[Append]:
         group: list[Append] = []
@@ -162,6 +174,33 @@ class Writer(threading.Thread):
             size += sum(map(len, append.payloads))
             group.append(append)
         return group
+
+    def _give_up_reserve(self) -> None:
+        self._relieve = False
+        if self._folder.reserve.give_up():
+            logger.warning(
+                "log %s: the disk is full, the reserve of %d bytes is given up; nothing is accepted until it is back",
+                self._folder.path,
+                self._folder.reserve.size,
+            )
+
+    def _has_reserve(self) -> bool:
+        """Have it, or get it back: while something is to be drained only with as much beside it, for the drain."""
+        reserve = self._folder.reserve
+        if reserve.held:
+            return True
+        if not reserve.make(room=reserve.size if self._unsettled else 0):
+            return False
+        logger.warning("log %s: the disk has room again", self._folder.path)
+        return True
+
+    def _refuse(self) -> None:
+        """What is written now would take from the drain what it was given."""
+        group = list(self._waiting)
+        self._waiting.clear()
+        if group:
+            reason = DiskFull("log", "the disk is full")
+            self._tell(Outcome(failed=group, reason=reason, starved=True))
 
     def _commit(self, group: list[Append]) -> None:
         """Write and sync a group, or fail it as a whole."""
@@ -178,9 +217,12 @@ class Writer(threading.Thread):
                 self._sync(self._header.grown(self._end, upto, last_stamp))
                 self._last_seq = self._acked_seq = upto
                 self._last_stamp = last_stamp
+                if self._trouble:
+                    logger.warning("log %s: groups are written again", self._folder.path)
+                    self._trouble = ""
         except OSError as failed:
             outcome = self._failed(group, outcome.opened, unavailable(failed))
-            outcome.starved = failed.errno in _NO_SPACE
+            outcome.starved = failed.errno in NO_SPACE
         except Exception as bug:
             # No memory for the group, or a bug: its callers must hear of it, not hang.
             logger.exception("log %s: a group was not written", self._folder.path)
@@ -197,7 +239,9 @@ class Writer(threading.Thread):
         self._tell(outcome)
 
     def _failed(self, group: list[Append], opened: Segment | None, reason: TierUnavailable) -> Outcome:
-        logger.error("log %s: a group was not written: %s", self._folder.path, reason.reason)
+        if reason.reason != self._trouble:  # once: a full disk refuses thousands, and may be that of the logger too
+            self._trouble = reason.reason
+            logger.error("log %s: a group was not written: %s", self._folder.path, reason.reason)
         return Outcome(opened, failed=group, reason=reason)
 
     def _lay_out(self, group: list[Append], committed: list[tuple[Append, list[Logged]]]) -> tuple[list[bytes], int]:
@@ -231,7 +275,7 @@ class Writer(threading.Thread):
             except OSError as uncut:
                 logger.warning("log %s: a half written group was not cut off: %s", self._folder.path, uncut.strerror)
                 self._abandon()
-            if failed.errno not in _NO_SPACE:
+            if failed.errno not in NO_SPACE:
                 # A file that is as large as it may be, or a bad place on the disk: another file may do better.
                 self._abandon()
             raise
@@ -306,7 +350,9 @@ class Writer(threading.Thread):
         self._folder.keep_spare()
 
     def _finish(self) -> None:
-        """Write the last marks, and sync them: a clean end leaves nothing to replay."""
+        """Write the last marks, and sync them: a clean end leaves nothing to replay, and needs no reserve."""
+        if not self._unsettled:
+            self._folder.reserve.give_up()
         if self._fd < 0 or self._header.durable_upto == self._end:
             return
         try:

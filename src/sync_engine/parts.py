@@ -44,6 +44,11 @@ DELETES_MAY_COME_BACK = (
     "deleted items back"
 )
 
+LOG_IS_FULL = (
+    "the disk of the log is full: what was held back there is given up, so that the log can drain, and writes of items "
+    "that SQL keeps are refused until there is room"
+)
+
 PRESSED: Mapping[Level, str] = {
     "warn": "writes are not held up yet",
     "hurry": "no batch waits for company any more",
@@ -249,6 +254,8 @@ class Parts:
         if count := len(self.quarantine):
             yield f"{count} operations were refused by a tier and are in quarantine"
         if self.journal is not None:
+            if self.journal.full:
+                yield LOG_IS_FULL
             yield from self.journal.damage
 
     async def close(self, timeout_s: float) -> StopReport:

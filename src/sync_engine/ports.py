@@ -336,6 +336,10 @@ class Journal(Protocol):
         """Operations of unsettled records, read back from disk, in input order."""
         ...
 
+    def relieve(self) -> None:
+        """Somebody without whom nothing is settled has no room on his disk: give up what is held back for him."""
+        ...
+
 
 class Hot(Protocol):
     """L1: items in process memory, no I/O. Keeps what it likes, never more than its bound."""

@@ -189,7 +189,8 @@ class Rig:
         self.redis_url = redis_url
         self.prefix = prefix
         self.seed = seed
-        self.settings: dict[str, Any] = {"batch_flush_ms": 5}
+        # What is killed leaves its reserve behind.
+        self.settings: dict[str, Any] = {"batch_flush_ms": 5, "wal_reserve_bytes": 65_536}
         self.figures = Figures()
         self.ledger = Ledger(seed)
         self.journal = AckJournal.start(path / "acks")

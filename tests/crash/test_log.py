@@ -22,7 +22,7 @@ from pathlib import Path
 
 import pytest
 
-from sync_engine.errors import ConfigError, NotRunning, StoreError, TierUnavailable
+from sync_engine.errors import ConfigError, DiskFull, NotRunning, StoreError, TierUnavailable
 from sync_engine.item import Op, SyncItem
 from sync_engine.log import WriteAheadLog
 from sync_engine.log_record import HEADER_BYTES
@@ -597,6 +597,79 @@ async def test_a_full_disk_refuses_and_settling_alone_makes_it_work_again(small_
     async with opened(path) as log:
         assert stamps(log.recovered) == [last + 1]
         assert not log.damage
+
+
+RESERVE = 131_072
+
+
+@asynccontextmanager
+async def reserved(path: Path) -> AsyncIterator[WriteAheadLog]:
+    log = await WriteAheadLog.open(path, segment_bytes=65_536, reserve_bytes=RESERVE)
+    try:
+        yield log
+    finally:
+        await log.close()
+
+
+async def test_the_reserve_is_given_up_for_others_and_nothing_accepted_until_it_is_back(small_disk: Path) -> None:
+    path = small_disk / "log"
+    reserve = path / "reserve"
+    async with reserved(path) as log:
+        records: list[Logged] = []
+        while written := await put_or_refusal(log, len(records) + 1):
+            records += written
+        assert reserve.stat().st_blocks * 512 == reserve.stat().st_size == RESERVE
+        assert not log.full, "there is no more to give to the log itself"
+        log.relieve()
+        await until(lambda: not reserve.exists())
+        assert log.full
+        for _ in range(3):
+            with pytest.raises(DiskFull):
+                await logged(log, put(1, 10))
+        assert shutil.disk_usage(small_disk).free >= RESERVE, "it is for others"
+        # As much must be free beside it as long as there is something to drain.
+        log.settle(record.seq for record in records[:70])
+        await until(lambda: segments(path)[0].name != f"{1:020d}.seg")
+        with pytest.raises(DiskFull):
+            await logged(log, put(1, 10))
+        log.settle(record.seq for record in records[:240])
+        await until(lambda: not log.full)
+        assert reserve.stat().st_size == RESERVE
+        assert stamps(await logged(log, put(999))) == [999]
+    assert reserve.exists(), "what is not settled will have to be drained"
+    async with reserved(path) as log:
+        assert stamps(log.recovered)[-1] == 999
+        log.settle(record.seq for record in log.recovered)
+        await until(lambda: log.bytes < 65_536)
+    assert not reserve.exists()
+
+
+async def test_a_reserve_without_its_blocks_is_made_anew(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    path.mkdir(mode=0o700)
+    (path / "reserve").touch()
+    os.truncate(path / "reserve", RESERVE)
+    assert (path / "reserve").stat().st_blocks == 0
+    async with reserved(path) as log:
+        assert (path / "reserve").stat().st_blocks * 512 >= RESERVE
+        assert not log.full
+
+
+async def test_a_disk_without_room_for_the_reserve_accepts_nothing_and_starts_all_the_same(small_disk: Path) -> None:
+    path = small_disk / "log"
+    async with opened(path) as log:
+        await logged(log, put(1))
+    with (small_disk / "filler").open("wb") as filler:
+        os.posix_fallocate(filler.fileno(), 0, shutil.disk_usage(small_disk).free - RESERVE // 2)
+    async with reserved(path) as log:
+        assert stamps(log.recovered) == [1]
+        assert log.full
+        with pytest.raises(DiskFull):
+            await logged(log, put(2))
+        (small_disk / "filler").unlink()
+        await logged(log, put(3))
+    async with reserved(path) as log:
+        assert stamps(log.recovered) == [1, 3]
 
 
 async def test_a_full_disk_at_start_is_no_reason_not_to_start(small_disk: Path) -> None:

@@ -25,6 +25,7 @@ BOUNDS: list[tuple[str, float | None, float | None]] = [
     ("sql_write_concurrency", 1, 64),
     ("wal_max_items", 1, None),
     ("wal_segment_bytes", 4_096, 1024 * 1024 * 1024),
+    ("wal_reserve_bytes", 0, 1024 * 1024 * 1024),
     ("pending_max_bytes", 0, None),
     ("backpressure_wait_ms", 0, 600_000),
 ]

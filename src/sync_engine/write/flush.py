@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from sync_engine.errors import StoreError, TierUnavailable
+from sync_engine.errors import DiskFull, StoreError, TierUnavailable
 from sync_engine.item import Op
 from sync_engine.ports import Applied, Clock, Tier, together
 from sync_engine.resilience import RetryPolicy, retrying
@@ -71,6 +71,10 @@ class Carrier(Protocol):
 
     async def passed(self, lane: Lane, batch: Sequence[Entry], plan: Plan, applied: Applied, /) -> None:
         """Move every entry on: to the next tier, into the quarantine, or out."""
+        ...
+
+    def cramped(self) -> None:
+        """A tier has no room on its disk to take anything."""
         ...
 
 
@@ -168,6 +172,8 @@ class Lane:
         if self.trouble is None:
             log.warning("%s; its %d operations wait", exc, len(self.batcher))
         self.trouble = exc.reason
+        if isinstance(exc, DiskFull):
+            self._carrier.cramped()
         self.batcher.fail(exc)
         return True
 

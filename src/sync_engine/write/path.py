@@ -76,6 +76,7 @@ class WritePath:
         self._behind: deque[tuple[int, Sequence[Entry]]] = deque()  # unlogged, shown, waiting for those commits
         self._conditional: set[Entry] = set()  # those that the truth has not decided
         self._sweeps: set[Entry] = set()  # deletes of bulk deletes that the truth has not decided
+        self._unfiled: list[tuple[Op, Logged]] = []  # refused, and the quarantine could not be written
         self._doubtful: set[str] = set()  # ids of refused writes that the log may hold all the same
 
     async def write(self, drafts: Sequence[Op], ack: Ack) -> list[Entry]:
@@ -295,6 +296,8 @@ class WritePath:
 
     async def passed(self, lane: Lane, batch: Sequence[Entry], plan: Plan, applied: Applied) -> None:
         """One tier has answered for a batch: move every entry on."""
+        if self._unfiled:
+            await self._file_again()
         settled: list[tuple[Entry, SyncEngineError | None]] = []
         moved: Lane | None = None
         for entry in batch:
@@ -351,6 +354,11 @@ class WritePath:
         if settled:
             self._settle(settled)
 
+    def cramped(self) -> None:
+        """A tier has no room; its disk may be the log's, which has some left for it."""
+        if self._journal is not None:
+            self._journal.relieve()
+
     @property
     def _seen(self) -> View:
         assert self.view is not None, "parts are joined before the first write"
@@ -363,19 +371,38 @@ class WritePath:
             entry.outdone = True  # and what L1 has is not what won it
             await self._on_file(entry, self._quarantine.forget(entry.op.object_id, entry.op.stamp))
         else:
-            await self._on_file(entry, self._quarantine.keep(entry.effective(), lane.tier.name, str(refusal)))
+            op, logged = entry.effective(), entry.logged
+            if not await self._on_file(entry, self._quarantine.keep(op, lane.tier.name, str(refusal))) and logged:
+                self._unfiled.append((op, logged))
+                self.cramped()
             if lane is self.cache and entry.op.sql:
                 try:
                     await withdraw(cast(Cache, lane.tier), entry.op)
                 except SyncEngineError as failed:
                     log.warning("an older copy of %r may stand in %s: %s", entry.op.object_id, lane.tier.name, failed)
 
-    async def _on_file(self, entry: Entry, change: Awaitable[object]) -> None:
+    async def _on_file(self, entry: Entry, change: Awaitable[object]) -> bool:
         try:
             await change
         except OSError as failed:
             log.error("the quarantine cannot be written (%s): the log keeps the operation", failed.strerror)  # noqa: TRY400 - the place in the code says nothing
             entry.logged = None
+            return False
+        return True
+
+    async def _file_again(self) -> None:
+        """A record that is never settled holds its segment, and with it every later one: the log would only grow."""
+        assert self._journal is not None, "what no log holds is not kept by it either"
+        while self._unfiled:
+            op, logged = self._unfiled[0]
+            try:
+                await self._quarantine.again(op)
+            except OSError:
+                return self.cramped()
+            if (op, logged) in self._unfiled:  # the other lane may have been here meanwhile
+                self._unfiled.remove((op, logged))
+                self._journal.settle([logged.seq])
+        return None
 
     def _settle(self, entries: Sequence[tuple[Entry, SyncEngineError | None]]) -> None:
         # Those who wait are told here, in one step with the books: they may look at once.

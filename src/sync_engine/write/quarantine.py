@@ -75,6 +75,13 @@ class Quarantine:
             if older is not None and older.op.stamp < op.stamp:
                 await asyncio.to_thread(self._remove, older)
 
+    async def again(self, op: Op) -> None:
+        """Store what could not be stored when it was kept, unless it has ended meanwhile. Raises ``OSError``."""
+        async with self._turn:
+            held = self._held.get(op.object_id)
+            if held is not None and held.op.stamp == op.stamp:
+                await asyncio.shield(asyncio.ensure_future(asyncio.to_thread(self._write, held)))
+
     async def overtaken(self, object_id: str, stamp: int) -> None:
         """An operation of this stamp is stored: one refused before it has no effect any more.
 
@@ -125,10 +132,14 @@ class Quarantine:
         text = msgspec.msgpack.encode(_File(refused.tier, refused.reason, encode_op(refused.op), refused.since_ms))
         path = self._path(refused.op)
         draft = path.with_suffix(".new")
-        with draft.open("wb") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with draft.open("wb") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError:
+            draft.unlink(missing_ok=True)  # on a full disk every block counts
+            raise
         draft.replace(path)
         self._sync_folder()
 

@@ -11,6 +11,7 @@ import logging
 import os
 import sqlite3
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final, cast
 
@@ -23,7 +24,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 from sqlalchemy.pool import ConnectionPoolEntry, NullPool
 
-from sync_engine.errors import ConfigError, StoreError, SyncEngineError, TierUnavailable
+from sync_engine.errors import ConfigError, DiskFull, StoreError, SyncEngineError, TierUnavailable
 from sync_engine.storage.sql import tables
 from sync_engine.storage.sql.dialect import Held, RowRefused, Session, nothing
 from sync_engine.storage.sql.rows import Row
@@ -43,6 +44,8 @@ SETTINGS: Final[tuple[tuple[str, str | int], ...]] = (
 
 
 NAMES: Final = "SELECT name FROM sqlite_master WHERE type IN ('table', 'index')"
+
+CHECKPOINT: Final = "PRAGMA wal_checkpoint(TRUNCATE)"
 
 COLUMNS: Final = "SELECT name, pk > 0 FROM pragma_table_info(?) ORDER BY cid"
 
@@ -103,6 +106,7 @@ class SqliteSession:
     def __init__(self, connection: AsyncConnection, driver: aiosqlite.Connection) -> None:
         self._connection = connection
         self._driver = driver
+        self._cramped = False
         self.running = 0
 
     @classmethod
@@ -133,7 +137,9 @@ class SqliteSession:
         try:
             return (await self._driver.execute(*said)).rowcount
         except DRIVER_ERRORS as error:
-            raise meaning(error) from error
+            told = meaning(error)
+            self._cramped |= isinstance(told, DiskFull)
+            raise told from error
 
     async def attempt(self, said: Said, meanwhile: Callable[[], None] = nothing) -> int:
         """The same: an error undoes its own statement and no other, unless a trigger says otherwise."""
@@ -163,6 +169,11 @@ class SqliteSession:
         except SyncEngineError:
             if self.in_transaction:
                 raise
+        if self._cramped:
+            self._cramped = False
+            # SQLite's own log never shrinks by itself, and what it takes may be all that the next attempt needs.
+            with suppress(SyncEngineError):
+                await self.rows(Said(CHECKPOINT))
 
     async def begin_migration(self) -> None:
         """Tables are made in a transaction like any other."""
@@ -255,6 +266,10 @@ _PASSING: Final = {
 """Troubles of the moment or of the machine: nothing is known of the items, and asking later can help."""
 
 
+_NO_ROOM: Final = frozenset({sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_SHMSIZE})
+"""The second is said by a connection that cannot make the index of SQLite's log."""
+
+
 def meaning(error: BaseException) -> SyncEngineError:
     """What a driver's error means, decided in this one place."""
     if isinstance(error, DBAPIError) and error.orig is not None:
@@ -263,7 +278,8 @@ def meaning(error: BaseException) -> SyncEngineError:
         return error
     code: Any = getattr(error, "sqlite_errorcode", None)
     if isinstance(code, int) and code & 0xFF in _PASSING:
-        return TierUnavailable("l3", f"{_PASSING[code & 0xFF]} ({getattr(error, 'sqlite_errorname', code)})")
+        kind = DiskFull if code in _NO_ROOM else TierUnavailable
+        return kind("l3", f"{_PASSING[code & 0xFF]} ({getattr(error, 'sqlite_errorname', code)})")
     if isinstance(error, UnicodeError):
         return RowRefused("l3", "a text is not valid Unicode")
     if isinstance(error, ValueError) and str(error) in ("Connection closed", "no active connection"):

@@ -258,6 +258,7 @@ class DiskLog:
         self.recovered = [Logged(op, seq, None) for seq, op in sorted(disk.records.items())]
         self.last_stamp = disk.last_stamp
         self.damage: list[str] = []
+        self.full = False
         self.bytes = 0
 
     @property
@@ -283,6 +284,9 @@ class DiskLog:
         if self._marks and not self._marking and not self._closed:
             self._marking = True
             self._loop.call_later(0.05, self._mark)
+
+    def relieve(self) -> None:
+        """Nothing is held back: this disk is never full."""
 
     async def read(self, records: Sequence[Logged], /) -> list[Op]:
         await asyncio.sleep(self._rng.uniform(0, 0.002))
