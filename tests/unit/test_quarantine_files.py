@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
+
+import pytest
 
 from sync_engine.item import Op, SyncItem
 from sync_engine.testing.clock import VirtualClock
@@ -48,6 +51,28 @@ async def test_what_a_crash_left_beside_the_newest_is_removed_at_the_next_start(
     quarantine = await reopened(second)
     await quarantine.overtaken("a", 3)
     assert list(second.iterdir()) == []
+
+
+async def test_one_that_could_not_be_written_at_first_leaves_nothing_older_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "no space left on device")
+
+    quarantine = await reopened(tmp_path)
+    await quarantine.keep(put("a", 1), "l3", "no")
+    with monkeypatch.context() as patched:
+        patched.setattr(Quarantine, "_write", full)
+        with pytest.raises(OSError, match="no space"):
+            await quarantine.keep(put("a", 2), "l3", "no again")
+    await quarantine.again(put("a", 2))
+    held = (await reopened(tmp_path)).get("a")
+    assert held is not None
+    assert held.op.stamp == 2
+    assert len(list(tmp_path.iterdir())) == 1
+    await quarantine.overtaken("a", 3)
+    await quarantine.again(put("a", 2))
+    assert list(tmp_path.iterdir()) == []
 
 
 async def test_a_damaged_file_is_told_and_left_aside(tmp_path: Path) -> None:

@@ -79,8 +79,8 @@ class Quarantine:
         """Store what could not be stored when it was kept, unless it has ended meanwhile. Raises ``OSError``."""
         async with self._turn:
             held = self._held.get(op.object_id)
-            if held is not None and held.op.stamp == op.stamp:
-                await asyncio.shield(asyncio.ensure_future(asyncio.to_thread(self._write, held)))
+            standing = held if held is not None and held.op.stamp == op.stamp else None
+            await asyncio.shield(asyncio.ensure_future(asyncio.to_thread(self._write_again, op, standing)))
 
     async def overtaken(self, object_id: str, stamp: int) -> None:
         """An operation of this stamp is stored: one refused before it has no effect any more.
@@ -142,6 +142,16 @@ class Quarantine:
             raise
         draft.replace(path)
         self._sync_folder()
+
+    def _write_again(self, op: Op, standing: Quarantined | None) -> None:
+        if standing is not None:
+            self._write(standing)
+        # The file of an older one was left where this one could not be written.
+        name = self._path(op).name
+        for path in self._folder.glob(f"*{name[20:]}"):
+            if path.name[:20] < name[:20]:
+                path.unlink(missing_ok=True)
+                self._sync_folder()
 
     def _remove(self, refused: Quarantined) -> None:
         self._path(refused.op).unlink(missing_ok=True)
