@@ -14,6 +14,7 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 
 from bench import (
+    acks,
     drain,
     end_to_end,
     flush_writers,
@@ -50,6 +51,7 @@ QUESTIONS: Mapping[str, Callable[[Stage], Awaitable[list[Answer]]]] = {
     "end_to_end_mariadb": end_to_end.ask_mariadb,
     "end_to_end_postgresql": end_to_end.ask_postgresql,
     "flush_writers": flush_writers.ask,
+    "acks": acks.ask,
     "drain": drain.ask,
     "drain_servers": drain.ask_servers,
     "growth": growth.ask,

@@ -37,6 +37,7 @@ def test_every_question_is_answered_in_a_quick_run() -> None:
         "all stored, 500 places, Redis + MariaDB",
         "all stored, 500 places, Redis + PostgreSQL",
         "2,000 places, Redis + MariaDB 2 ms away: 4 writers",
+        "`Ack.STORED`, 200 callers, Redis + PostgreSQL: p99",
         "1,000 operations, new writes flowing, Redis + SQLite",
         "1,000 operations, new writes flowing, Redis + MariaDB",
         "1,000 operations, new writes flowing, Redis + PostgreSQL",
