@@ -245,7 +245,7 @@ class History:
 
     def _check_difference(self, copy: SyncItem, row: SyncItem, past: list[Write]) -> None:
         of_copy, of_row = _source(copy, past), _source(row, past)
-        # A process that was killed after a cache-only write may have left an older row: docs/durability.md says so.
+        # A process that was killed after a cache-only write may have left an older row: docs/limits.md says so.
         if not of_copy.op.sql and of_copy.op.stamp > of_row.op.stamp:
             return
         # Of two engines one may also change the state of what Redis alone keeps, which SQL knows nothing of.
