@@ -136,8 +136,8 @@ class Database(Protocol):
     owned_tables: Sequence[Table]
     """All tables to be made."""
 
-    def words(self, table: Table) -> Words:
-        """The statements about a table of items."""
+    def words(self, *tables: str) -> Words:
+        """The statements about tables of items."""
         ...
 
     async def open(self) -> Session:
