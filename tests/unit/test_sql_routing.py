@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from sync_engine.errors import InvalidItem, StoreError
 from sync_engine.schema import PREFIXES_MAX, check_schema
-from sync_engine.storage.sql.routing import DEFAULT, Route, Routes, routes_of
+from sync_engine.storage.sql.routing import DEFAULT, WORDS_KEPT, Route, Router, Routes, routes_of
+from sync_engine.storage.sql.sqlite import Sqlite
 from sync_engine.storage.sql.tables import index_name
 
 short = st.text("ab", max_size=4)
@@ -102,3 +105,14 @@ def test_index_names_fit_into_what_postgresql_keeps() -> None:
     names = {index_name(f"{'u' * 40}{end}_items", "merkle_dirty") for end in "abc"}
     assert len(names) == 3
     assert all(len(name) <= 63 for name in names)
+
+
+def test_Q6_G51_looking_up_the_table_of_an_id_makes_and_keeps_nothing(tmp_path: Path) -> None:
+    """The original leaked a copy of the table's name at every look-up."""
+    table = "users_items"
+    known = Routes(1, [Route("user.", table, False)], [table])
+    assert all(known.home_of(f"user.{n}") is table for n in range(1000))
+    router = Router(Sqlite(tmp_path / "never made", 1))
+    for n in range(3 * WORDS_KEPT):
+        router.words(DEFAULT, f"t{n}_items")
+    assert len(router._words) <= WORDS_KEPT

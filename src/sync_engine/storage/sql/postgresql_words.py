@@ -108,5 +108,5 @@ class PostgresqlWords(Words):
         numbers = count(1)
         return "".join(self.mark(next(numbers)) if char == "?" else char for char in text)
 
-    def _among(self, title: str, ids: Sequence[str], *, watched: bool = False) -> Said:
-        return Said(self._ids_text(title, 0, watched, "= ANY (?::text[])"), (ids,) * self._many)
+    def _among(self, title: str, ids: Sequence[str]) -> Said:
+        return Said(self._ids_text(title, 0, "= ANY (?::text[])"), (ids,) * self._many)

@@ -1,7 +1,8 @@
 """Questions to the tables: on the least busy connection, asked again where a schema was registered meanwhile.
 
-An answer stands only if the routes that it was asked by were those of its moment. What asks for ids has their version
-in the same statement; what asks for pages or counts reads it behind. So there is no lock, no lease and no clock in it.
+An answer stands only if the routes that it was asked by were those of its moment. Their version only grows, so it is
+enough to read it behind the answer: what it is then, it was before. Counts have it in their own statement, and what
+was found by its id needs none. So there is no lock, no lease and no clock in it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from sync_engine.storage.sql.lanes import Lane
 from sync_engine.storage.sql.pages import check_text, paged, range_of
 from sync_engine.storage.sql.routing import Router, Routes
 from sync_engine.storage.sql.rows import Row
-from sync_engine.storage.sql.words import ROUTES_VERSION, Said
+from sync_engine.storage.sql.words import ROUTES_VERSION, Said, Words
 
 __all__ = ["Readers"]
 
@@ -43,35 +44,37 @@ class Readers:
         while True:
             routes = self._router.routes
             rows = await self.rows(ask(routes))
-            found = await self.rows(self._router.words().meta(ROUTES_VERSION))
-            if (int(found[0][0]) if found else 0) == routes.version:
+            if await self._hold(routes):
                 return rows
-            await self._router.learn(self.rows)
 
     async def number(self, ask: Callable[[Routes], Said]) -> int:
-        """The one number that a statement answers with."""
-        ((number,),) = await self.told(ask)
-        return int(number)
+        """The number that a statement counts, which tells the version itself."""
+        while True:
+            routes = self._router.routes
+            ((number, version),) = await self.rows(ask(routes))
+            if version == routes.version:
+                return int(number)
+            await self._router.learn(self.rows)
 
-    async def by_ids(self, verb: Callable[..., Said], ids: Sequence[str]) -> list[Row]:
-        """The rows of these ids, by a verb of ``Words`` that can be watched. Raises ``InvalidId``."""
-        wanted: Sequence[str] = [check_id(id_) for id_ in dict.fromkeys(ids)]
+    async def by_ids(self, verb: Callable[[Words, Sequence[str]], Said], ids: Sequence[str]) -> list[Row]:
+        """The rows of these ids, by a verb of ``Words``. Raises ``InvalidId``."""
+        wanted = [check_id(id_) for id_ in dict.fromkeys(ids)]
         rows: list[Row] = []
         while wanted:
             routes = self._router.routes
-            again: list[str] = []
+            fresh: list[Row] = []
             for places, some in routes.by_places(wanted).items():
                 words = self._router.words(*places)
                 for start in range(0, len(some), words.ids_max):
-                    part = some[start : start + words.ids_max]
-                    found = await self.rows(verb(words, part, watched=True))
-                    if _version(found) != routes.version:
-                        again += part
-                        continue
-                    rows += [row for row in found if row[0] is not None] if routes.version else found
-            wanted = again
-            if again:
-                await self._router.learn(self.rows)
+                    fresh += await self.rows(verb(words, some[start : start + words.ids_max]))
+            rows += fresh
+            if len(fresh) == len(wanted) and not routes.moving:
+                break
+            # A row that was found is the only one of its id, whatever the routes are now. Where none was, they decide.
+            found = {row[0] for row in fresh}
+            wanted = [id_ for id_ in wanted if id_ not in found]
+            if not wanted or await self._hold(routes):
+                break
         return rows
 
     def in_range(self, prefix: str, after: str | None, limit: int | None) -> AsyncIterator[SyncItem]:
@@ -93,6 +96,14 @@ class Readers:
 
         return paged(page, check_text("after", after or ""), limit)
 
+    async def _hold(self, routes: Routes) -> bool:
+        """Whether the routes are those of this moment, and so were those of every question before; else learn them."""
+        found = await self.rows(self._router.words().meta(ROUTES_VERSION))
+        if (int(found[0][0]) if found else 0) == routes.version:
+            return True
+        await self._router.learn(self.rows)
+        return False
+
     def stop(self) -> None:
         """Take no more questions."""
         self._closed = True
@@ -101,11 +112,6 @@ class Readers:
         """Close the connections, after what they are doing."""
         for lane in self._lanes:
             await lane.close()
-
-
-def _version(rows: Sequence[Row]) -> int:
-    """What the statement itself says of the routes of the very moment that it saw: a row of no id, usually the last."""
-    return next((int(row[1]) for row in reversed(rows) if row[0] is None), 0)
 
 
 def _running(lane: Lane) -> int:

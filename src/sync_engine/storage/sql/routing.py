@@ -1,8 +1,8 @@
 """Which table an id belongs to, and in which ones it may be: the routes, and what a store knows of them.
 
 An id is in one table at any moment: whoever moves a row, or writes to an id whose route is new, takes it from where
-it was in the same transaction, with the id's bucket locked. The routes have a version. A writer reads it behind its
-locks, a reader in the statement that answers him, or behind it; who has an older one learns the routes and asks again.
+it was in the same transaction, with the id's bucket locked. The routes have a version. A writer reads it behind his
+locks, a reader behind what he was answered; who has an older one learns the routes and asks again.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from sync_engine.errors import StoreError
+from sync_engine.errors import StoreError, TierUnavailable
 from sync_engine.schema import is_schema_name
 from sync_engine.storage.sql.dialect import Database
 from sync_engine.storage.sql.rows import Row
@@ -144,8 +144,14 @@ class Router:
         return self.words(*routes.tables)
 
     async def learn(self, rows: Callable[[Said], Awaitable[list[Row]]]) -> Routes:
-        """The routes as the database tells them now."""
-        self.routes = routes_of(await rows(self.words().routes))
+        """The routes as the database tells them now.
+
+        Raises ``TierUnavailable`` where they cannot be followed: that is no fault of the items, which wait.
+        """
+        try:
+            self.routes = routes_of(await rows(self.words().routes))
+        except StoreError as foreign:
+            raise TierUnavailable("l3", foreign.reason) from foreign
         return self.routes
 
 

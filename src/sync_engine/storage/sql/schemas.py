@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Final
 
-from sync_engine.errors import ConfigError, StoreError, TierUnavailable
+from sync_engine.errors import ConfigError, SyncEngineError, TierUnavailable
 from sync_engine.ports import Clock
 from sync_engine.storage.sql.buckets import EVERY_BUCKET
 from sync_engine.storage.sql.dialect import Database, Session
@@ -82,7 +82,7 @@ class Schemas:
                     except TierUnavailable as down:
                         _log.warning("rows cannot be moved now, trying again: %s", down)
                         await self._clock.sleep(AGAIN_S)
-            except StoreError:
+            except SyncEngineError:
                 _log.exception("rows cannot be moved; reads ask every table until register_schema is called again")
             finally:
                 await lane.close()

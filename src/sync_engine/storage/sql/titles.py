@@ -7,7 +7,7 @@ from typing import Final
 FETCH: Final = "SELECT $columns FROM $items WHERE id $among"
 """Whole rows of these ids."""
 
-EXISTING: Final = "SELECT id, 0 FROM $items WHERE id $among"
+EXISTING: Final = "SELECT id FROM $items WHERE id $among"
 """Which of these ids have a row."""
 
 HELD: Final = "SELECT id, coalesce(stamp, 0), version, coalesce(payload_hash, ''), state FROM $items WHERE id $among"
@@ -16,17 +16,13 @@ HELD: Final = "SELECT id, coalesce(stamp, 0), version, coalesce(payload_hash, ''
 STAMPS: Final = "SELECT id, coalesce(stamp, 0) FROM $items WHERE id $among"
 """Stamps of these ids."""
 
-WATCH: Final = " UNION ALL SELECT NULL, value$nothing FROM sync_meta WHERE name = 'routes'"
-"""Behind what asks for ids: by which version of the routes the answer has to be understood; no row before the first.
-
-In the same statement, which sees one moment: so a reader needs no lock and no lease, and nobody waits for him."""
-
 DELETE: Final = "DELETE FROM $items WHERE id $among"
 """Remove rows, after HELD was read in the same transaction."""
 
-BEFORE_WRITING: Final = """\
-SELECT EXISTS (SELECT 1 FROM sync_tombstones),
-  coalesce((SELECT value FROM sync_meta WHERE name = 'routes'), 0)"""
+VERSION: Final = "coalesce((SELECT value FROM sync_meta WHERE name = 'routes'), 0)"
+"""The version of the routes, in a statement that answers with one row."""
+
+BEFORE_WRITING: Final = f"SELECT EXISTS (SELECT 1 FROM sync_tombstones), {VERSION}"  # noqa: S608 - a constant
 """Whether there is any tombstone, and the version of the routes.
 
 Asking for the tombstones of 256 ids costs 0.4 ms even where there is none."""

@@ -63,7 +63,7 @@ class Words(ABC):
         self.tables = tables
         self._many = len(tables)
         self.ids_max = max(1, self.ids_per_table // self._many)
-        self._sized: dict[tuple[str, int, bool], str] = {}
+        self._sized: dict[tuple[str, int], str] = {}
         self._raise = self._text(self.note, best=self.most)
         self._lower = self._text(self.note, best=self.least)
         self._read_meta = self._text(titles.READ_META)
@@ -87,19 +87,19 @@ class Words(ABC):
         self.arrived = Said(titles.ARRIVED)
         self.newest_stamps = Said(" UNION ALL ".join([*self._each(titles.NEWEST_STAMP), titles.NEWEST_BURIED]))
 
-    # Of ids. What is watched has a last row, of no id, with the version of the routes, once there were any.
+    # Of ids.
 
-    def fetch(self, ids: Sequence[str], *, watched: bool = False) -> Said:
-        return self._among(titles.FETCH, ids, watched=watched)
+    def fetch(self, ids: Sequence[str]) -> Said:
+        return self._among(titles.FETCH, ids)
 
-    def existing(self, ids: Sequence[str], *, watched: bool = False) -> Said:
-        return self._among(titles.EXISTING, ids, watched=watched)
+    def existing(self, ids: Sequence[str]) -> Said:
+        return self._among(titles.EXISTING, ids)
 
     def held(self, ids: Sequence[str]) -> Said:
         return self._among(titles.HELD, ids)
 
-    def stamps(self, ids: Sequence[str], *, watched: bool = False) -> Said:
-        return self._among(titles.STAMPS, ids, watched=watched)
+    def stamps(self, ids: Sequence[str]) -> Said:
+        return self._among(titles.STAMPS, ids)
 
     def ages(self, ids: Sequence[str]) -> Said:
         return self._among(titles.AGES, ids)
@@ -231,27 +231,24 @@ class Words(ABC):
         return Said(text, own if self._many == 1 else (*own * self._many, limit))
 
     def _sum(self, title: str, **parts: str) -> str:
-        each = self._each(title, **parts)
-        return self._marked(each[0] if len(each) == 1 else f"SELECT {' + '.join(f'({text})' for text in each)}")
+        """What each table counts, added up, and the version of the routes."""
+        told = " + ".join(f"({text})" for text in self._each(title, **parts))
+        return self._marked(f"SELECT {told}, {titles.VERSION}")
 
-    def _among(self, title: str, ids: Sequence[str], *, watched: bool = False) -> Said:
+    def _among(self, title: str, ids: Sequence[str]) -> Said:
         bound = padded(ids, self.ids_max)
-        return Said(self._ids_text(title, len(bound), watched, f"IN ({repeated('?', len(bound))})"), bound * self._many)
+        return Said(self._ids_text(title, len(bound), f"IN ({repeated('?', len(bound))})"), bound * self._many)
 
-    def _ids_text(self, title: str, size: int, watched: bool, among: str) -> str:
-        text = self._sized.get((title, size, watched))
+    def _ids_text(self, title: str, size: int, among: str) -> str:
+        text = self._sized.get((title, size))
         if text is None:
-            text = " UNION ALL ".join(self._each(title, among=among))
-            if watched:
-                nothing = ", NULL" * 9 if title is titles.FETCH else ""
-                text += Template(titles.WATCH).substitute(nothing=nothing)
-            text = self._sized[title, size, watched] = self._marked(text)
+            text = self._sized[title, size] = self._marked(" UNION ALL ".join(self._each(title, among=among)))
         return text
 
     def _of_size(self, title: str, size: int, **parts: str) -> str:
-        text = self._sized.get((title, size, False))
+        text = self._sized.get((title, size))
         if text is None:
-            text = self._sized[title, size, False] = self._text(title, **parts)
+            text = self._sized[title, size] = self._text(title, **parts)
         return text
 
 
