@@ -98,22 +98,24 @@ class Mover:
                 after = ""
                 words = self._router.words(source)
                 while page := _cut(await self._lane.rows(words.weighed(*range_of(route.prefix, after), PAGE_ROWS))):
+                    if self._stopped():
+                        return False
                     after = page[-1]
                     ids = [id_ for id_ in page if routes.route_of(id_) is route]
                     if not ids:
                         continue  # of longer prefixes
-                    if self._stopped() or not await self._lane.transaction(partial(self._move, routes, ids)):
+                    moved = await self._lane.transaction(partial(self._move, routes.version, ids, source, route.table))
+                    if moved is None:
                         return False
-                    self._tell(route.table)
+                    self._count(moved, route.table)
                     await self._clock.sleep(PAUSE_S)
         return True
 
-    async def _move(self, routes: Routes, ids: Sequence[str], own: Session) -> bool:
+    async def _move(self, version: int, ids: Sequence[str], source: str, home: str, own: Session) -> int | None:
         await own.lock(buckets_of(ids))
-        if await self._version(own) != routes.version:
-            return False
-        self.moved += await bring(own, self._router, routes, ids)
-        return True
+        if await self._version(own) != version:
+            return None
+        return await _take(own, self._router, ids, source, home)
 
     async def _give_away(self, ids: Sequence[str], table: str, own: Session) -> bool:
         await own.lock(buckets_of(ids))
@@ -142,7 +144,8 @@ class Mover:
         ((_, version),) = await own.rows(self._router.words().before_writing)
         return int(version)
 
-    def _tell(self, table: str) -> None:
+    def _count(self, moved: int, table: str) -> None:
+        self.moved += moved
         if self.moved - self._told >= TOLD_ROWS:
             self._told = self.moved
             _log.info("moved %d rows so far, the last of them to %s", self.moved, table)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 from uuid import uuid4
 
 from sync_engine.clock import SystemClock
@@ -19,7 +19,7 @@ from sync_engine.storage.sql.dialect import Database, Session
 from sync_engine.storage.sql.lanes import Lane
 from sync_engine.storage.sql.migrate import prepare
 from sync_engine.storage.sql.pages import PAGE_ROWS, check_limit, check_text, range_of, sound
-from sync_engine.storage.sql.readers import Readers
+from sync_engine.storage.sql.questions import Questions
 from sync_engine.storage.sql.routing import Router
 from sync_engine.storage.sql.rows import item_of
 from sync_engine.storage.sql.schemas import Schemas
@@ -28,6 +28,9 @@ from sync_engine.storage.sql.words import Words
 __all__ = ["SqlStore"]
 
 _T = TypeVar("_T")
+
+READERS: Final = 2
+"""Connections for reading: one may be busy with a long scan while the other answers single gets."""
 
 
 class SqlStore:
@@ -47,8 +50,12 @@ class SqlStore:
         self.tables_made = tables_made
         """Whether connecting has made the tables, or changed them."""
         self._database = database
+        # The connections there will ever be, but for one while rows are moved. The first is there; the others are
+        # opened when they have something to do.
         self._writer = Lane(database, first)
-        self._readers = Readers(database, router)
+        self._readers = [Lane(database) for _ in range(READERS)]
+        self._questions = Questions(self._readers, router)
+        self._rows = self._questions.rows
         self._clock = clock
         self._router = router
         self._schemas = Schemas(database, router, clock)
@@ -91,7 +98,7 @@ class SqlStore:
     async def fetch(self, ids: Sequence[str], /) -> Fetched:
         """Everything held of these ids, each content checked against its SHA-256."""
         fetched = Fetched()
-        for row in await self._readers.by_ids(Words.fetch, ids):
+        for row in await self._questions.by_ids(Words.fetch, ids):
             item = item_of(row)
             if isinstance(item, SyncItem):
                 fetched.items[item.object_id] = item
@@ -101,7 +108,7 @@ class SqlStore:
 
     async def exists_batch(self, ids: Sequence[str], /) -> list[bool]:
         """Whether each id is held, in input order."""
-        held = {id_ for (id_,) in await self._readers.by_ids(Words.existing, ids)}
+        held = {id_ for (id_,) in await self._questions.by_ids(Words.existing, ids)}
         return [id_ in held for id_ in ids]
 
     async def apply(self, ops: Sequence[Op], /) -> Applied:
@@ -116,30 +123,30 @@ class SqlStore:
     async def list_state_ids(self, state: str, limit: int = 1000, *, after: str | None = None) -> list[str]:
         """Ids in the state, ascending, those greater than ``after``."""
         values = (check_state(state), check_text("after", after or ""), check_limit(limit))
-        rows = await self._readers.told(lambda routes: self._router.every(routes).ids_in_state(*values))
+        rows = await self._questions.told(lambda routes: self._router.every(routes).ids_in_state(*values))
         return [id_ for (id_,) in rows]
 
     async def count_by_state(self, state: str, /) -> int:
         """How many items are in the state."""
         check_state(state)
-        return await self._readers.number(lambda routes: self._router.every(routes).count_state(state))
+        return await self._questions.number(lambda routes: self._router.every(routes).count_state(state))
 
     async def get_by_state(self, state: str, limit: int = 1000, *, after: str | None = None) -> list[SyncItem]:
         """Items in the state, ascending by id, those greater than ``after``. Raises ``Corruption``."""
-        return [item async for item in self._readers.in_state(state, after, check_limit(limit))]
+        return [item async for item in self._questions.in_state(state, after, check_limit(limit))]
 
     async def scan_prefix(self, prefix: str, limit: int = 1000, *, after: str | None = None) -> list[SyncItem]:
         """Items whose id starts with the prefix, ascending by code point, those greater than ``after``.
 
         The empty prefix means all items. Raises ``Corruption``.
         """
-        return [item async for item in self._readers.in_range(prefix, after, check_limit(limit))]
+        return [item async for item in self._questions.in_range(prefix, after, check_limit(limit))]
 
     async def list_prefix_ids(self, prefix: str, limit: int = 1000, *, after: str | None = None) -> list[str]:
         """Ids that start with the prefix, ascending by code point, those greater than ``after``."""
         shape, bounds = range_of(check_text("prefix", prefix), check_text("after", after or ""))
         check_limit(limit)
-        rows = await self._readers.told(
+        rows = await self._questions.told(
             lambda routes: self._router.under(routes, prefix).ids_in_range(shape, bounds, limit)
         )
         return [id_ for (id_,) in rows]
@@ -147,31 +154,33 @@ class SqlStore:
     async def count_prefix(self, prefix: str, /) -> int:
         """How many ids start with the prefix; the empty prefix counts all."""
         shape, bounds = range_of(check_text("prefix", prefix), "")
-        return await self._readers.number(lambda routes: self._router.under(routes, prefix).count_range(shape, bounds))
+        return await self._questions.number(
+            lambda routes: self._router.under(routes, prefix).count_range(shape, bounds)
+        )
 
     async def newest_stamp(self) -> int:
         """A stamp that no write this store has accepted exceeds; 0 when it never accepted one."""
-        ((stamp,),) = await self._readers.rows(self._words.meta("newest_stamp"))
+        ((stamp,),) = await self._rows(self._words.meta("newest_stamp"))
         return int(stamp)
 
     async def held_stamps(self, ids: Sequence[str], /) -> dict[str, int]:
         """The stamps of the rows that there are."""
-        return dict(await self._readers.by_ids(Words.stamps, ids))
+        return dict(await self._questions.by_ids(Words.stamps, ids))
 
     async def buried_stamps(self, ids: Sequence[str], /) -> dict[str, int]:
         """The stamps of the tombstones that there are."""
         wanted = [check_id(id_) for id_ in dict.fromkeys(ids)]
         parts = [wanted[at : at + self._words.ids_max] for at in range(0, len(wanted), self._words.ids_max)]
-        return dict([row for part in parts for row in await self._readers.rows(self._words.buried(part))])
+        return dict([row for part in parts for row in await self._rows(self._words.buried(part))])
 
     async def changed_since(self, stamp: int, after: tuple[int, str] | None = None, limit: int = PAGE_ROWS) -> Changes:
         """Rows and tombstones of that stamp or newer, page by page, ascending by stamp and id."""
         check_limit(limit)
-        return await history.changed_since(self._readers.told, self._router.every, stamp, after, limit)
+        return await history.changed_since(self._questions.told, self._router.every, stamp, after, limit)
 
     async def forgotten(self) -> int:
         """A stamp below which tombstones may have been removed."""
-        return await history.forgotten(self._readers.rows, self._words)
+        return await history.forgotten(self._rows, self._words)
 
     async def note_late(self, at_ms: int, stamp: int, /) -> None:
         """Remember durably that from this moment on a cache is given an operation of this old stamp."""
@@ -181,7 +190,7 @@ class SqlStore:
 
     async def late_since(self, at_ms: int, /) -> int | None:
         """The oldest stamp noted as late at that moment or after it."""
-        return await history.late_since(self._readers.rows, self._words, at_ms)
+        return await history.late_since(self._rows, self._words, at_ms)
 
     async def register_schema(self, name: str, prefixes: Iterable[str], /) -> int:
         """Keep the ids that begin with one of these prefixes in a table of their own, ``{name}_items``.
@@ -198,7 +207,7 @@ class SqlStore:
     async def close(self) -> None:
         """Finish what runs, then close the connections. Safe to call twice."""
         if self._closing is None:
-            self._readers.stop()
+            self._questions.stop()
             self._schemas.stop()
             self._closing = asyncio.get_running_loop().create_task(self._close())
         await asyncio.shield(self._closing)
@@ -207,7 +216,7 @@ class SqlStore:
 
     async def get(self, object_id: str) -> SyncItem | None:
         """The item, or None where there is none. Raises ``Corruption`` where its content fails its SHA-256."""
-        rows = await self._readers.by_ids(Words.fetch, [object_id])
+        rows = await self._questions.by_ids(Words.fetch, [object_id])
         return sound(item_of(rows[-1])) if rows else None
 
     async def get_many(self, ids: Sequence[str]) -> dict[str, SyncItem]:
@@ -254,16 +263,16 @@ class SqlStore:
 
     async def count(self) -> int:
         """How many items there are."""
-        return await self._readers.number(lambda routes: self._router.every(routes).count)
+        return await self._questions.number(lambda routes: self._router.every(routes).count)
 
     async def iter_prefix(self, prefix: str) -> AsyncIterator[SyncItem]:
         """All items whose id starts with the prefix, page by page; writes in between may or may not be seen."""
-        async for item in self._readers.in_range(prefix, None, None):
+        async for item in self._questions.in_range(prefix, None, None):
             yield item
 
     async def iter_by_state(self, state: str) -> AsyncIterator[SyncItem]:
         """All items in the state, page by page; writes in between may or may not be seen."""
-        async for item in self._readers.in_state(state, None, None):
+        async for item in self._questions.in_state(state, None, None):
             yield item
 
     def __repr__(self) -> str:
@@ -294,8 +303,8 @@ class SqlStore:
 
     async def _close(self) -> None:
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        await self._writer.close()
-        await self._readers.close()
+        for lane in (self._writer, *self._readers):
+            await lane.close()
         await self._database.close()
 
 

@@ -28,7 +28,7 @@ ROUTES_VERSION: Final = "routes"
 """Name of another: it grows with every change of a route."""
 
 
-RANGES: Final = tuple(titles.RANGES.items())
+RANGES: Final = titles.RANGES
 
 
 class Said(NamedTuple):
@@ -75,10 +75,10 @@ class Words(ABC):
         self._ids_in_state = self._page(titles.IDS_IN_STATE)
         self._count_state = self._sum(titles.COUNT_STATE)
         self._unstamped = self._page(titles.UNSTAMPED)
-        self._range = {shape: self._page(titles.RANGE, range=bounds) for shape, bounds in RANGES}
-        self._ids_in_range = {shape: self._page(titles.IDS_IN_RANGE, range=bounds) for shape, bounds in RANGES}
-        self._weighed = {shape: self._page(titles.WEIGHED, range=bounds) for shape, bounds in RANGES}
-        self._count_range = {shape: self._sum(titles.COUNT_RANGE, range=bounds) for shape, bounds in RANGES}
+        self._range = {shape: self._page(titles.RANGE, range=bounds) for shape, bounds in RANGES.items()}
+        self._ids_in_range = {shape: self._page(titles.IDS_IN_RANGE, range=bounds) for shape, bounds in RANGES.items()}
+        self._weighed = {shape: self._page(titles.WEIGHED, range=bounds) for shape, bounds in RANGES.items()}
+        self._count_range = {shape: self._sum(titles.COUNT_RANGE, range=bounds) for shape, bounds in RANGES.items()}
         told = [*self._each(self.changed_rows), self.changed_deletes]
         self._changed = self._marked(" UNION ALL ".join(told) + titles.CHANGED_ORDER)
         self.count = Said(self._sum(titles.COUNT))
@@ -231,9 +231,8 @@ class Words(ABC):
         return Said(text, own if self._many == 1 else (*own * self._many, limit))
 
     def _sum(self, title: str, **parts: str) -> str:
-        """What each table counts, added up, and the version of the routes."""
-        told = " + ".join(f"({text})" for text in self._each(title, **parts))
-        return self._marked(f"SELECT {told}, {titles.VERSION}")
+        each = self._each(title, **parts)
+        return self._marked(each[0] if len(each) == 1 else f"SELECT {' + '.join(f'({text})' for text in each)}")
 
     def _among(self, title: str, ids: Sequence[str]) -> Said:
         bound = padded(ids, self.ids_max)

@@ -1,35 +1,30 @@
 """Questions to the tables: on the least busy connection, asked again where a schema was registered meanwhile.
 
 An answer stands only if the routes that it was asked by were those of its moment. Their version only grows, so it is
-enough to read it behind the answer: what it is then, it was before. Counts have it in their own statement, and what
-was found by its id needs none. So there is no lock, no lease and no clock in it.
+enough to read it behind the answer: what it is then, it was before. What was found by its id needs not even that. So
+there is no lock, no lease and no clock in it, and the questions are those of a store without routes.
 """
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Final
 
 from sync_engine.errors import TierUnavailable
 from sync_engine.item import SyncItem, check_id, check_state
-from sync_engine.storage.sql.dialect import Database
 from sync_engine.storage.sql.lanes import Lane
 from sync_engine.storage.sql.pages import check_text, paged, range_of
 from sync_engine.storage.sql.routing import Router, Routes
 from sync_engine.storage.sql.rows import Row
 from sync_engine.storage.sql.words import ROUTES_VERSION, Said, Words
 
-__all__ = ["Readers"]
-
-READERS: Final = 2
-"""Connections for reading: one may be busy with a long scan while the other answers single gets."""
+__all__ = ["Questions"]
 
 
-class Readers:
-    """The connections for reading, opened when they have something to do."""
+class Questions:
+    """What readers ask, on lanes of their own, by the routes that a router knows."""
 
-    def __init__(self, database: Database, router: Router) -> None:
-        self._lanes = [Lane(database) for _ in range(READERS)]
+    def __init__(self, lanes: Sequence[Lane], router: Router) -> None:
+        self._lanes = lanes
         self._router = router
         self._closed = False
 
@@ -48,13 +43,9 @@ class Readers:
                 return rows
 
     async def number(self, ask: Callable[[Routes], Said]) -> int:
-        """The number that a statement counts, which tells the version itself."""
-        while True:
-            routes = self._router.routes
-            ((number, version),) = await self.rows(ask(routes))
-            if version == routes.version:
-                return int(number)
-            await self._router.learn(self.rows)
+        """The one number that such a statement answers with."""
+        ((number,),) = await self.told(ask)
+        return int(number)
 
     async def by_ids(self, verb: Callable[[Words, Sequence[str]], Said], ids: Sequence[str]) -> list[Row]:
         """The rows of these ids, by a verb of ``Words``. Raises ``InvalidId``."""
@@ -107,11 +98,6 @@ class Readers:
     def stop(self) -> None:
         """Take no more questions."""
         self._closed = True
-
-    async def close(self) -> None:
-        """Close the connections, after what they are doing."""
-        for lane in self._lanes:
-            await lane.close()
 
 
 def _running(lane: Lane) -> int:
