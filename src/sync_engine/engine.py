@@ -26,12 +26,13 @@ from sync_engine.build import build
 from sync_engine.clock import SystemClock
 from sync_engine.coalesce import Flights
 from sync_engine.config import SyncEngineConfig
-from sync_engine.errors import InvalidItem, NotRunning, TierUnavailable
+from sync_engine.errors import InvalidItem, NotRunning, TierNotConfigured, TierUnavailable
 from sync_engine.item import Op, SyncItem, check_id, check_state
 from sync_engine.options import Ack, ItemStatus, Receipt, SubmitOptions, Ttl
 from sync_engine.parts import Parts
 from sync_engine.ports import Clock, Tier
 from sync_engine.report import EngineStats, Health, QuarantinedOp, StopReport
+from sync_engine.schema import check_schema
 from sync_engine.write.quarantine import Quarantined
 from sync_engine.write.sweep import check_prefix, sweep
 
@@ -284,6 +285,22 @@ class SyncEngine:
         return await (await self._on().current_truth()).count_prefix(prefix)
 
     # Operation
+
+    async def register_schema(self, name: str, prefixes: Iterable[str]) -> int:
+        """Keep items whose id begins with one of these prefixes in a SQL table of their own, ``{name}_items``.
+
+        Of several prefixes the longest counts; one of another schema comes over to this one. SQL remembers it: call it
+        once, or at every start. Items that are there already are moved, while everything is served; returns how many
+        this call moved, when all are. If it raises or is cancelled, calling it again goes on, and so does the next
+        start. Raises ``InvalidItem`` for a bad name or prefix, ``TierNotConfigured`` without SQL.
+        """
+        checked = check_schema(name, prefixes)
+        truth = self._on().l3
+        if truth is None:
+            raise TierNotConfigured("sql_url", "None", "schemas are tables of SQL")
+        # What may take long is not what finds out whether SQL is well again: everybody would wait for that answer.
+        await truth.newest_stamp()
+        return await truth.register_schema(name, checked)
 
     async def health(self) -> Health:
         """Whether every tier answers now and takes its operations, what Redis is, and what deserves a look.

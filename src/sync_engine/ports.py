@@ -257,6 +257,13 @@ class Truth(Tier, Scans, Protocol):
         """The oldest stamp that a cache was given at that moment or after it, as far as noted."""
         ...
 
+    async def register_schema(self, name: str, prefixes: Iterable[str], /) -> int:
+        """Keep ids that begin with one of these prefixes apart, under that name; how many items were moved for it.
+
+        Changes where items are kept, and no answer to anything else. Calling it again goes on where it was stopped.
+        """
+        ...
+
 
 @runtime_checkable
 class Cache(Tier, Protocol):

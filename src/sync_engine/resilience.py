@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, ParamSpec, TypeVar, cast
 
@@ -260,6 +260,9 @@ class Forwarding:
     async def late_since(self, at_ms: int, /) -> int | None:
         return await self._through(self._truth.late_since, at_ms)
 
+    async def register_schema(self, name: str, prefixes: Iterable[str], /) -> int:
+        return await self._through(self._truth.register_schema, name, prefixes)
+
     async def marks(self, newest: int = 0, /) -> Sequence[Mark]:
         return await self._through(self._cache.marks, newest)
 
@@ -293,7 +296,7 @@ class Forwarding:
         return f"<{type(self).__name__} {self.tier!r}>"
 
 
-WRITES = frozenset({"apply", "evict", "healed", "marks", "tell"})
+WRITES = frozenset({"apply", "evict", "healed", "marks", "register_schema", "tell"})
 """Verbs that no reader waits for."""
 
 CLOSE_GRACE_S = 1.0

@@ -1,4 +1,4 @@
-"""Every database keeps the same contract, bare and behind a breaker."""
+"""Every database keeps the same contract, bare and behind a breaker, with its items in one table or in several."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from sync_engine.clock import SystemClock
 from sync_engine.resilience import Breaker, Guarded
 from sync_engine.storage.sql import SqlStore, apply
 from sync_engine.testing.contract import TruthContract
+from sync_engine.testing.databases import ask
 from sync_engine.testing.fixtures import DATABASES
 
 
@@ -44,3 +45,32 @@ class TestGuardedSqlStore(TruthContract):
         guarded = Guarded(await SqlStore.connect(sqlite_url), Breaker("l3", clock), clock, deadline_s=60)
         yield guarded
         await guarded.close()
+
+
+PREFIXES = {"alpha": ("a", "größe", "\ue000"), "beta": ("ab", "b", "i00", "i002"), "alphabet": ("abc", "c", "i001")}
+"""Through the middle of the ids that the contract uses."""
+
+
+@pytest.fixture
+async def routed(store: SqlStore) -> SqlStore:
+    for name, prefixes in PREFIXES.items():
+        await store.register_schema(name, prefixes)
+    return store
+
+
+@pytest.mark.slow
+class TestSqlStoreWithSchemas(TruthContract):
+    @pytest.fixture
+    def tier(self, routed: SqlStore) -> SqlStore:
+        return routed
+
+
+@pytest.mark.slow
+class TestSqlStoreWhoseRowsMayBeAnywhere(TruthContract):
+    """As it is while rows are being moved: every table is asked, and what is written is taken home first."""
+
+    @pytest.fixture
+    async def tier(self, routed: SqlStore, sql_url: str) -> SqlStore:
+        await ask(sql_url, "UPDATE sync_routes SET phase = 1")
+        await ask(sql_url, "UPDATE sync_meta SET value = value + 1 WHERE name = 'routes'")
+        return routed

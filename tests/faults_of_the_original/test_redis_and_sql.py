@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from sync_engine import Ack, InvalidId, SyncItem, TierUnavailable
+from sync_engine.testing.databases import ask
 from sync_engine.testing.fixtures import StartRedis
 from sync_engine.testing.tiers import Deaf
 
@@ -87,3 +88,26 @@ async def test_R16_a_foreign_document_is_no_item_and_is_not_written_over(rig: Ri
         engine._running.l1.clear()
         assert await engine.get("g") == item, "the truth has it"
     assert await rig.key("JSON.GET", rig.redis_prefix + "g") == b'{"name":"not ours"}'
+
+
+async def test_Q15_G61_a_schema_is_a_table_on_sqlite_too_and_known_at_the_next_start(rig: Rig) -> None:
+    """The original forgot it with the process, moved no rows, and on SQLite asked for a table that was never made."""
+    async with rig.engine() as engine:
+        await engine.submit(SyncItem("user.1", b"1"), ack=Ack.STORED)
+        assert await engine.register_schema("users", ["user."]) == 1
+    async with rig.engine(redis=False) as engine:
+        await engine.submit(SyncItem("user.2", b"2"), ack=Ack.STORED)
+        assert sorted(await engine.get_many(["user.1", "user.2"])) == ["user.1", "user.2"]
+    assert await ask(rig.sql_url, "SELECT id FROM users_items ORDER BY id") == [("user.1",), ("user.2",)]
+
+
+async def test_Q7_G31_a_walk_through_all_ids_meets_those_of_every_schema(rig: Rig) -> None:
+    """A filter that was filled from the default table alone called every other item absent."""
+    items = [SyncItem(f"{kind}.{n:03}", b"x") for kind in ("a", "b", "c") for n in range(400)]
+    async with rig.engine(l1_max_bytes=0) as engine:
+        await engine.register_schema("as", ["a."])
+        await engine.register_schema("bs", ["b."])
+        await engine.submit_many(items)
+        assert [item.object_id async for item in engine.iter_prefix("")] == [item.object_id for item in items]
+        assert await engine.count_prefix("") == 1200
+        assert len(await engine.get_many([item.object_id for item in items])) == 1200

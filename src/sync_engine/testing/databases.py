@@ -255,7 +255,14 @@ class RunningMariaDB(RunningDatabase):
 
     def _prepare(self, home: Path) -> None:
         _run(
-            ["mariadb-install-db", "--no-defaults", f"--datadir={home / 'data'}", "--skip-test-db", *self._user()],
+            [
+                "mariadb-install-db",
+                "--no-defaults",
+                f"--datadir={home / 'data'}",
+                f"--tmpdir={home}",
+                "--skip-test-db",
+                *self._user(),
+            ],
             home,
         )
         told = PASSWORD.replace("'", "''")
@@ -270,6 +277,8 @@ class RunningMariaDB(RunningDatabase):
             "--no-defaults",
             *self._user(),
             f"--datadir={home / 'data'}",
+            # One that starts removes temporary tables it finds there, those of another one that is starting too.
+            f"--tmpdir={home}",
             f"--socket={home / 'socket'}",
             f"--pid-file={home / 'pid'}",
             f"--init-file={home / 'init.sql'}",

@@ -18,6 +18,7 @@ from sync_engine.errors import StoreError, SyncEngineError, TierUnavailable, Ver
 from sync_engine.item import Op, SyncItem, check_id
 from sync_engine.ports import Applied, CacheFacts, Changes, Clock, Fetched, Mark, Memory, Tier
 from sync_engine.resilience import Forwarding
+from sync_engine.schema import check_schema
 
 __all__ = ["UPKEEP", "Breaking", "Counting", "Deaf", "MemoryTier", "Refusing", "Slow"]
 
@@ -42,13 +43,15 @@ class _Row:
 class MemoryTier:
     """A truth in a dict. Named ``"l2"`` it also honours ``redis_expires_at``, as Redis does.
 
-    ``rows``, ``tombstones`` and ``applied`` (operations asked for, in order) are for tests to look at.
+    ``rows``, ``tombstones``, ``applied`` (operations asked for, in order) and ``schemas`` (by prefix) are for tests to
+    look at.
     """
 
     def __init__(self, name: str = "l3", clock: Clock | None = None) -> None:
         self.name = name
         self.applied: list[Op] = []
         self.tombstones: dict[str, int] = {}
+        self.schemas: dict[str, str] = {}
         self.closed = False
         self._rows: dict[str, _Row] = {}
         self._clock = SystemClock() if clock is None else clock
@@ -157,6 +160,11 @@ class MemoryTier:
     async def late_since(self, at_ms: int, /) -> int | None:
         await asyncio.sleep(0)
         return min((stamp for at, stamp in self._late if at >= at_ms), default=None)
+
+    async def register_schema(self, name: str, prefixes: Iterable[str], /) -> int:
+        self.schemas.update(dict.fromkeys(check_schema(name, prefixes), name))
+        await asyncio.sleep(0)
+        return 0
 
     async def marks(self, newest: int = 0, /) -> Sequence[Mark]:
         await asyncio.sleep(0)

@@ -8,7 +8,6 @@ take locks alike.
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from itertools import zip_longest
 from typing import Final, NamedTuple
@@ -17,7 +16,10 @@ from sync_engine.clock import COUNTER_BITS
 from sync_engine.errors import StoreError, SyncEngineError, VersionConflict
 from sync_engine.item import Op, SyncItem
 from sync_engine.ports import Applied
+from sync_engine.storage.sql.buckets import bucket_of, buckets_of
 from sync_engine.storage.sql.dialect import BUCKETS, RowRefused, Session
+from sync_engine.storage.sql.moving import bring, learn_if_new
+from sync_engine.storage.sql.routing import DEFAULT, Router, Routes
 from sync_engine.storage.sql.rows import Value, item_of, row_of
 from sync_engine.storage.sql.tables import TOMBSTONE_LIFE_MS
 from sync_engine.storage.sql.words import FORGOTTEN, Said, Words
@@ -42,16 +44,22 @@ _NOTHING: Final = _Held(0, 0, "", "")
 
 
 async def apply_ops(
-    session: Session, words: Words, ops: Sequence[Op], now_ms: int, batch_id: str | None = None
+    session: Session, router: Router, ops: Sequence[Op], now_ms: int, batch_id: str | None = None
 ) -> Applied:
     """Apply the newest operation of each id. Raises ``TierUnavailable`` or ``StoreError`` about the whole batch."""
     newest = _newest_per_id(ops)
-    await session.lock(_buckets(newest))
-    ((any_buried,),) = await session.rows(words.any_buried)
+    words = router.words()
+    await session.lock(buckets_of(op.object_id for op in newest))
+    ((any_buried, version),) = await session.rows(words.before_writing)
+    routes = await learn_if_new(session, router, int(version))
+    if routes.moving:
+        await bring(session, router, routes, [op.object_id for op in newest])
     batch = _Batch(session, words, now_ms, bool(any_buried), batch_id)
-    chunks = list(_chunks(newest, words.rows_max, session.bytes_max))
-    for chunk, following in zip_longest(chunks, chunks[1:], fillvalue=()):
-        await batch.apply(chunk, following)
+    for table, its in _by_table(routes, newest).items():
+        batch.words = router.words(table)
+        chunks = list(_chunks(its, words.rows_max, session.bytes_max))
+        for chunk, following in zip_longest(chunks, chunks[1:], fillvalue=()):
+            await batch.apply(chunk, following)
     # Twice what this batch may add: the tombstones of a steady stream stay bounded by their life.
     if batch.deletes and await session.run(words.prune(now_ms - TOMBSTONE_LIFE_MS, 2 * batch.deletes)):
         await session.run(words.note_most(FORGOTTEN, now_ms - TOMBSTONE_LIFE_MS))
@@ -65,11 +73,6 @@ async def apply_ops(
         existed=frozenset(batch.existed),
         spared=frozenset(batch.spared),
     )
-
-
-def bucket_of(object_id: str) -> int:
-    """The bucket whose writers take turns. Part of the format: every engine on a database must agree."""
-    return zlib.crc32(object_id.encode()) % BUCKETS
 
 
 def shared_out(ops: Sequence[Op], writers: int) -> list[Sequence[Op]]:
@@ -87,8 +90,9 @@ class _Batch:
     """The outcome so far."""
 
     def __init__(self, session: Session, words: Words, now_ms: int, any_buried: bool, batch_id: str | None) -> None:
+        self.words = words
+        """About the table in question."""
         self._session = session
-        self._words = words
         self._now_ms = now_ms
         self._any_buried = any_buried
         self._batch_id = batch_id
@@ -103,7 +107,7 @@ class _Batch:
 
     async def apply(self, ops: Sequence[Op], following: Sequence[Op]) -> None:
         """One chunk: at most ``rows_max`` operations, one per id, in order of ids."""
-        session, words = self._session, self._words
+        session, words = self._session, self.words
         self._following = following
         ids = [op.object_id for op in ops]
         buried: dict[str, int] = {}
@@ -147,23 +151,23 @@ class _Batch:
 
     async def _put(self, puts: Sequence[Op], buried: dict[str, int]) -> None:
         written = 0
-        for part in self._words.parts(puts):
+        for part in self.words.parts(puts):
             written += await self._isolating(part, self._upsert)
         accepted = [op for op in puts if op.object_id not in self.refused]
-        if accepted and (written != len(accepted) or not self._words.counts_writes):
+        if accepted and (written != len(accepted) or not self.words.counts_writes):
             # Fewer rows changed than were sent: some were newer. Which ones, the table knows.
-            held = await self._session.rows(self._words.held([op.object_id for op in accepted]))
+            held = await self._session.rows(self.words.held([op.object_id for op in accepted]))
             stands = {id_: _Held(*facts) for id_, *facts in held}
             self.superseded.update(op.object_id for op in accepted if _is_newer(stands.get(op.object_id), op))
         if buried:
             # The row's own stamp says more now. An unordered put has none, so there the tombstone keeps its watch.
             outlived = [op.object_id for op in accepted if op.stamp >= buried.get(op.object_id, 0) > 0 and op.stamp > 0]
-            await self._by_ids(self._words.exhume, outlived)
+            await self._by_ids(self.words.exhume, outlived)
 
     async def _upsert(self, ops: Sequence[Op]) -> int:
         rows = self._rows_of(ops)
         self._rows.clear()
-        return await self._session.attempt(self._words.upsert(rows), self._look_ahead)
+        return await self._session.attempt(self.words.upsert(rows), self._look_ahead)
 
     def _look_ahead(self) -> None:
         """Hash and make the rows of the next chunk while the database writes this one: two thirds of the time each."""
@@ -181,16 +185,16 @@ class _Batch:
         present = [op for op in winning if op.object_id in held]
         if present:
             await self._isolating(
-                present, lambda part: self._session.attempt(self._words.delete([op.object_id for op in part]))
+                present, lambda part: self._session.attempt(self.words.delete([op.object_id for op in part]))
             )
         done = [op for op in winning if op.object_id not in self.refused]
         self.existed.update(op.object_id for op in done if op.object_id in held)
-        for part in self._words.parts([op for op in done if op.stamp]):
+        for part in self.words.parts([op for op in done if op.stamp]):
             rows = [(op.object_id, op.stamp, max(self._now_ms, op.stamp >> COUNTER_BITS)) for op in part]
-            await self._session.run(self._words.bury(rows))
+            await self._session.run(self.words.bury(rows))
             self.deletes += len(rows)
         # An unordered delete starts the id afresh.
-        await self._by_ids(self._words.exhume, [op.object_id for op in done if not op.stamp and op.object_id in buried])
+        await self._by_ids(self.words.exhume, [op.object_id for op in done if not op.stamp and op.object_id in buried])
 
     async def _restate(self, restates: Sequence[Op], held: dict[str, _Held]) -> None:
         changing, told = [], []
@@ -204,16 +208,16 @@ class _Batch:
                 told.append(op.object_id)  # applied before, and being replayed: the caller still needs the row
             else:
                 self.superseded.add(op.object_id)
-        for part in self._words.parts(changing):
+        for part in self.words.parts(changing):
             await self._isolating(
                 part,
                 lambda part: self._session.attempt(
-                    self._words.restate([(op.object_id, op.state, op.stamp) for op in part])
+                    self.words.restate([(op.object_id, op.state, op.stamp) for op in part])
                 ),
             )
         told += [op.object_id for op in changing if op.object_id not in self.refused]
         if told:
-            for row in await self._session.rows(self._words.fetch(told)):
+            for row in await self._session.rows(self.words.fetch(told)):
                 if isinstance(item := item_of(row), SyncItem):
                     self.restated[item.object_id] = item
 
@@ -249,13 +253,14 @@ def _newest_per_id(ops: Iterable[Op]) -> list[Op]:
     return [newest[id_] for id_ in sorted(newest)]
 
 
-def _buckets(ops: Sequence[Op]) -> list[int]:
-    found: set[int] = set()
+def _by_table(routes: Routes, ops: Sequence[Op]) -> dict[str, Sequence[Op]]:
+    """The operations by the table that their ids belong to, in an order of tables that is every writer's."""
+    if not routes.by_prefix:
+        return {DEFAULT: ops}
+    found: dict[str, list[Op]] = {}
     for op in ops:
-        found.add(bucket_of(op.object_id))
-        if len(found) == BUCKETS:  # as it is after some 300 ids
-            break
-    return sorted(found)
+        found.setdefault(routes.home_of(op.object_id), []).append(op)
+    return {table: found[table] for table in sorted(found)}
 
 
 def _chunks(ops: Sequence[Op], rows_max: int, bytes_max: int) -> Iterator[Sequence[Op]]:

@@ -138,8 +138,8 @@ class Database(Protocol):
     one_writer: bool
     """Whether only one transaction at a time may write, whatever it writes."""
 
-    def words(self, table: Table) -> Words:
-        """The statements about a table of items."""
+    def words(self, *tables: str) -> Words:
+        """The statements about tables of items."""
         ...
 
     async def open(self) -> Session:

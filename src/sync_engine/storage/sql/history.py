@@ -13,6 +13,7 @@ from sync_engine.clock import COUNTER_BITS
 from sync_engine.item import Op, SyncItem
 from sync_engine.ports import Changes
 from sync_engine.storage.sql.dialect import Session
+from sync_engine.storage.sql.routing import Routes
 from sync_engine.storage.sql.rows import Row, item_of
 from sync_engine.storage.sql.words import FORGOTTEN, Said, Words
 
@@ -26,13 +27,19 @@ Rows = Callable[[Said], Awaitable[list[Row]]]
 _log = logging.getLogger(__name__)
 
 
-async def changed_since(rows: Rows, words: Words, stamp: int, after: tuple[int, str] | None, limit: int) -> Changes:
+async def changed_since(
+    told: Callable[[Callable[[Routes], Said]], Awaitable[list[Row]]],
+    words: Callable[[Routes], Words],
+    stamp: int,
+    after: tuple[int, str] | None,
+    limit: int,
+) -> Changes:
     """``Truth.changed_since``. The page is one statement, so an id is never met as deleted and as there."""
     if stamp <= 0 and (after is None or after[0] == 0):
-        page = await rows(words.unstamped(after[1] if after else "", limit))
+        page = await told(lambda routes: words(routes).unstamped(after[1] if after else "", limit))
         return Changes(_ops(page), (0, page[-1][0]) if len(page) == limit else (1, ""))
     first = after or (stamp, "")
-    page = await rows(words.changed(*first, limit))
+    page = await told(lambda routes: words(routes).changed(*first, limit))
     return Changes(_ops(page), (page[-1][10], page[-1][0]) if len(page) == limit else None)
 
 

@@ -15,17 +15,19 @@ from sqlalchemy.schema import CreateColumn, CreateIndex, CreateTable
 from sync_engine.errors import InvalidItem, StoreError
 from sync_engine.item import SyncItem
 from sync_engine.storage.sql.dialect import Database, Session
+from sync_engine.storage.sql.routing import routes_of
 from sync_engine.storage.sql.rows import row_of
 from sync_engine.storage.sql.tables import (
     ADOPTABLE,
     SCHEMA_VERSION,
     TOMBSTONE_LIFE_MS,
+    item_table,
     items,
     tombstones,
 )
 from sync_engine.storage.sql.words import FORGOTTEN, Said, Words
 
-__all__ = ["prepare"]
+__all__ = ["make_items", "prepare"]
 
 FIRST: Final = "sync_items_of_0_1"
 """What becomes of a table of the original's first releases, which called the content ``content``."""
@@ -41,7 +43,7 @@ async def prepare(database: Database, session: Session, now_ms: int) -> bool:
     Raises ``StoreError`` where a table is newer than this library or cannot be adopted, ``TierUnavailable``
     where another one is at it, or writes, for too long.
     """
-    words = database.words(items)
+    words = database.words(items.name)
     if await _is_current(database, session, words):
         return False
     await session.begin_migration()
@@ -56,6 +58,20 @@ async def prepare(database: Database, session: Session, now_ms: int) -> bool:
     return made
 
 
+async def make_items(database: Database, session: Session, name: str) -> None:
+    """Make a table of items, or take over the one that there is. Raises as ``prepare`` does, before it is changed."""
+    table = item_table(name)
+    if await _stands(database, session, table, await database.names(session)):
+        return
+    await session.begin_migration()
+    done = False
+    try:
+        await _make_table(database, session, table, await database.names(session))
+        done = True
+    finally:
+        await session.end_migration(done)
+
+
 async def _is_current(database: Database, session: Session, words: Words) -> bool:
     names = await database.names(session)
     version = None
@@ -65,7 +81,10 @@ async def _is_current(database: Database, session: Session, words: Words) -> boo
             raise StoreError("l3", f"the tables are of version {version}; this library knows up to {SCHEMA_VERSION}")
     wanted = {table.name for table in database.owned_tables}
     wanted |= {str(index.name) for table in database.owned_tables for index in table.indexes}
-    return version == SCHEMA_VERSION and wanted <= names and not await _missing(database, session, items)
+    if version != SCHEMA_VERSION or not wanted <= names or await _missing(database, session, items):
+        return False
+    routed = await _routed(session, words)
+    return all([await _stands(database, session, table, names) for table in routed])
 
 
 async def _make(database: Database, session: Session, words: Words, now_ms: int) -> None:
@@ -77,22 +96,42 @@ async def _make(database: Database, session: Session, words: Words, now_ms: int)
         await session.run(Said(f"ALTER TABLE {items.name} RENAME TO {FIRST}"))
         names.add(FIRST)
     for table in database.owned_tables:
-        await session.run(Said(_text(database, CreateTable(table, if_not_exists=True)) + database.options(table)))
-        for column in await _missing(database, session, table):
-            told = _text(database, CreateColumn(column))
-            await session.run(Said(f"ALTER TABLE {table.name} ADD COLUMN {told}"))
-        await database.adapt(session, table)
-        for index in sorted(table.indexes, key=lambda index: str(index.name)):
-            if index.name not in names:
-                await session.run(Said(_text(database, CreateIndex(index))))
+        await _make_table(database, session, table, names)
+    for table in (routed := await _routed(session, words)):
+        await _make_table(database, session, table, names)
     if FIRST in names:
         await _copy_the_first(database, session, words)
-    ((stamp,),) = await session.rows(words.slow_newest_stamp)
-    await session.run(words.note_most("newest_stamp", int(stamp)))
+    every = database.words(items.name, *(table.name for table in routed))
+    stamps = [int(stamp) for (stamp,) in await session.rows(every.newest_stamps) if stamp is not None]
+    await session.run(words.note_most("newest_stamp", max(stamps, default=0)))
     if had_tombstones and not await session.rows(words.meta(FORGOTTEN)):
         # An older version of ours removed them without a note.
         await session.run(words.note_most(FORGOTTEN, now_ms - TOMBSTONE_LIFE_MS))
     await session.run(words.note_most("schema_version", SCHEMA_VERSION))  # last: until here all of it is done again
+
+
+async def _routed(session: Session, words: Words) -> list[Table]:
+    """The tables of schemas that were registered here."""
+    return [item_table(name) for name in routes_of(await session.rows(words.routes)).tables if name != items.name]
+
+
+async def _stands(database: Database, session: Session, table: Table, names: set[str]) -> bool:
+    wanted = {table.name, *(str(index.name) for index in table.indexes)}
+    return wanted <= names and not await _missing(database, session, table)
+
+
+async def _make_table(database: Database, session: Session, table: Table, names: set[str]) -> None:
+    missing = await _missing(database, session, table)
+    await session.run(Said(_text(database, CreateTable(table, if_not_exists=True)) + database.options(table)))
+    for column in missing:
+        told = _text(database, CreateColumn(column))
+        await session.run(Said(f"ALTER TABLE {table.name} ADD COLUMN {told}"))
+    if not await database.columns(session, table.name):
+        raise StoreError("l3", f"{table.name} exists and is no table")
+    await database.adapt(session, table)
+    for index in sorted(table.indexes, key=lambda index: str(index.name)):
+        if index.name not in names:
+            await session.run(Said(_text(database, CreateIndex(index))))
 
 
 def _text(database: Database, element: CreateTable | CreateIndex | CreateColumn) -> str:

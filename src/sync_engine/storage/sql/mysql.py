@@ -46,7 +46,7 @@ LOCK: Final = "SELECT bucket FROM sync_locks WHERE bucket IN ($marks) ORDER BY b
 NAMES: Final = """\
 SELECT table_name FROM information_schema.tables WHERE table_schema = database()
 UNION SELECT index_name FROM information_schema.statistics
-WHERE table_schema = database() AND (table_name = 'sync_items' OR table_name = 'sync_tombstones')"""
+WHERE table_schema = database() AND (right(table_name, 6) = '_items' OR table_name = 'sync_tombstones')"""
 """Of this database alone: the server has others with tables of the same names (Q19)."""
 
 COLUMNS: Final = """\
@@ -86,9 +86,9 @@ class Mysql:
         self._collation = ""
         self._warned = False
 
-    def words(self, table: Table) -> MysqlWords:
-        """The statements about a table of items."""
-        return MysqlWords(table.name)
+    def words(self, *tables: str) -> MysqlWords:
+        """The statements about tables of items."""
+        return MysqlWords(*tables)
 
     async def open(self) -> MysqlSession:
         """A new connection with its settings made and read back."""

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import Final
 
 from sync_engine.storage.sql.rows import Value, flat
-from sync_engine.storage.sql.tables import index_name
 from sync_engine.storage.sql.words import Said, Words, repeated
 
 __all__ = ["ASSIGNED", "GUARD", "MysqlWords"]
@@ -64,21 +63,21 @@ INSERT INTO sync_meta (name, value) VALUES (?, ?) ON DUPLICATE KEY UPDATE value 
 
 # A comparison of pairs does not go through the index here, hence stamp and id apart; and with whole rows MariaDB 10.11
 # rather sorts a third of the table for every page than to go along the index, hence FORCE.
-CHANGED: Final = """\
+CHANGED_ROWS: Final = """\
 (SELECT $columns, 0 FROM $items FORCE INDEX ($index)
- WHERE stamp >= ? AND (stamp > ? OR id > ?) ORDER BY stamp, id LIMIT ?)
-UNION ALL
+ WHERE stamp >= ? AND (stamp > ? OR id > ?) ORDER BY stamp, id LIMIT ?)"""
+
+CHANGED_DELETES: Final = """\
 (SELECT id, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, stamp, 1
- FROM sync_tombstones WHERE stamp >= ? AND (stamp > ? OR id > ?) ORDER BY stamp, id LIMIT ?)
-ORDER BY 11, 1 LIMIT ?"""
+ FROM sync_tombstones WHERE stamp >= ? AND (stamp > ? OR id > ?) ORDER BY stamp, id LIMIT ?)"""
 
 
 class MysqlWords(Words):
-    """The statements about one item table."""
+    """The statements about tables of items."""
 
     # 65,535 values are the most of a prepared statement; 256 to 1,024 rows are equally fast (docs/performance.md).
     rows_max = 512
-    ids_max = 512
+    ids_per_table = 512
     # CAST: bytes as they are stored, instead of a text that would be encoded again to be hashed.
     columns = (
         "id, version, timestamp, payload_hash, CAST(payload AS BINARY), payload_blob, audit, state, "
@@ -86,11 +85,8 @@ class MysqlWords(Words):
     )
     counts_writes = False
     note = NOTE
-    changed_text = CHANGED
-
-    def __init__(self, table: str) -> None:
-        self._index = index_name(table, "stamp")
-        super().__init__(table)
+    changed_rows = CHANGED_ROWS
+    changed_deletes = CHANGED_DELETES
 
     def upsert(self, rows: Sequence[Sequence[Value]]) -> Said:
         return Said(self._of_size(UPSERT, len(rows), rows=repeated(ROW, len(rows))), flat(rows))
@@ -104,15 +100,11 @@ class MysqlWords(Words):
     def prune(self, before_ms: int, most: int) -> Said:
         return Said(self._marked(PRUNE), (before_ms, most))
 
-    def changed(self, stamp: int, id_: str, limit: int) -> Said:
-        page = (stamp, stamp, id_, limit)
-        return Said(self._changed, (*page, *page, limit))
+    def _changed_from(self, stamp: int, id_: str, limit: int) -> tuple[Value, ...]:
+        return stamp, stamp, id_, limit
 
     def mark(self, number: int) -> str:
         return "%s"
-
-    def _text(self, title: str, **parts: str) -> str:
-        return super()._text(title, index=self._index, **parts)
 
     def _marked(self, text: str) -> str:
         return text.replace("?", "%s")

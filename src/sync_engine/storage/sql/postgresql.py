@@ -81,9 +81,9 @@ class Postgresql:
             "bytea_output": "hex",
         }
 
-    def words(self, table: Table) -> PostgresqlWords:
-        """The statements about a table of items."""
-        return PostgresqlWords(table.name)
+    def words(self, *tables: str) -> PostgresqlWords:
+        """The statements about tables of items."""
+        return PostgresqlWords(*tables)
 
     async def open(self) -> PostgresqlSession:
         """A new connection with its settings made and read back."""

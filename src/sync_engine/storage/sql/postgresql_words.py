@@ -51,28 +51,28 @@ DELETE FROM sync_tombstones WHERE id = ANY (ARRAY(SELECT id FROM sync_tombstones
   WHERE deleted_at_ms < ? ORDER BY deleted_at_ms LIMIT ? FOR UPDATE SKIP LOCKED))"""
 
 # Both sides cut to a page: a sort of everything newer would otherwise stand between two pages.
-CHANGED: Final = """\
-(SELECT $columns, 0 FROM $items WHERE (stamp, id) > (?, ?) ORDER BY stamp, id LIMIT ?)
-UNION ALL
+CHANGED_ROWS: Final = "(SELECT $columns, 0 FROM $items WHERE (stamp, id) > (?, ?) ORDER BY stamp, id LIMIT ?)"
+
+CHANGED_DELETES: Final = """\
 (SELECT id, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, stamp, 1
- FROM sync_tombstones WHERE (stamp, id) > (?, ?) ORDER BY stamp, id LIMIT ?)
-ORDER BY 11, 1 LIMIT ?"""
+ FROM sync_tombstones WHERE (stamp, id) > (?, ?) ORDER BY stamp, id LIMIT ?)"""
 
 
 class PostgresqlWords(Words):
-    """The statements about one item table."""
+    """The statements about tables of items."""
 
     # Up to 1,000 rows a statement become faster, beyond 4,000 slower: docs/performance.md.
     rows_max = 1000
-    ids_max = 1000
+    ids_per_table = 1000
     columns = (
         "id, version, timestamp, payload_hash, payload, payload_blob, audit, state, access_count, last_accessed, stamp"
     )
     counts_writes = True
-    changed_text = CHANGED
+    changed_rows = CHANGED_ROWS
+    changed_deletes = CHANGED_DELETES
 
-    def __init__(self, table: str) -> None:
-        super().__init__(table)
+    def __init__(self, *tables: str) -> None:
+        super().__init__(*tables)
         self._upsert = self._text(UPSERT)
         self._restate = self._text(RESTATE)
         self._bury = self._text(BURY)
@@ -94,8 +94,8 @@ class PostgresqlWords(Words):
     def prune(self, before_ms: int, most: int) -> Said:
         return Said(self._prune, (before_ms, most))
 
-    def changed(self, stamp: int, id_: str, limit: int) -> Said:
-        return Said(self._changed, (stamp, id_, limit, stamp, id_, limit, limit))
+    def _changed_from(self, stamp: int, id_: str, limit: int) -> tuple[Value, ...]:
+        return stamp, id_, limit
 
     def parts(self, rows: Sequence[T]) -> Iterator[Sequence[T]]:
         for start in range(0, len(rows), self.rows_max):
@@ -109,4 +109,4 @@ class PostgresqlWords(Words):
         return "".join(self.mark(next(numbers)) if char == "?" else char for char in text)
 
     def _among(self, title: str, ids: Sequence[str]) -> Said:
-        return Said(self._of_size(title, 0, among="= ANY (?::text[])"), (ids,))
+        return Said(self._ids_text(title, 0, "= ANY (?::text[])"), (ids,) * self._many)

@@ -62,9 +62,9 @@ class Sqlite:
         self._timeout_ms = timeout_ms
         self._engine: AsyncEngine | None = None
 
-    def words(self, table: Table) -> SqliteWords:
-        """The statements about a table of items."""
-        return SqliteWords(table.name)
+    def words(self, *tables: str) -> SqliteWords:
+        """The statements about tables of items."""
+        return SqliteWords(*tables)
 
     async def open(self) -> SqliteSession:
         """A new connection with its settings made and read back; the first makes the file."""

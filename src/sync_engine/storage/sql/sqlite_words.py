@@ -52,10 +52,10 @@ DELETE FROM sync_tombstones WHERE id IN
 
 
 class SqliteWords(Words):
-    """The statements about one item table."""
+    """The statements about tables of items."""
 
     rows_max = 256
-    ids_max = 500
+    ids_per_table = 500
     # CAST: the stored bytes, also where another writer left text that is not valid UTF-8.
     columns = (
         "id, version, timestamp, payload_hash, CAST(payload AS BLOB), payload_blob, audit, state, "

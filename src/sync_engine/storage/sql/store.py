@@ -1,4 +1,4 @@
-"""What L3 does, whatever the database: the verbs, the few writers and readers, and who owns a transaction."""
+"""What L3 does, whatever the database: the verbs, the writers, and who owns a transaction."""
 
 from __future__ import annotations
 
@@ -12,15 +12,19 @@ from sync_engine.clock import SystemClock
 from sync_engine.errors import ConfigError, TierUnavailable
 from sync_engine.item import Op, SyncItem, check_id, check_state
 from sync_engine.ports import Applied, BatchWriteResult, Changes, Clock, Fetched, together
-from sync_engine.storage.sql import history, tables
+from sync_engine.schema import check_schema
+from sync_engine.storage.sql import history
 from sync_engine.storage.sql.apply import apply_ops, shared_out
 from sync_engine.storage.sql.connect import database_of
 from sync_engine.storage.sql.dialect import Database, Session
 from sync_engine.storage.sql.lanes import Lane
 from sync_engine.storage.sql.migrate import prepare
-from sync_engine.storage.sql.pages import PAGE_ROWS, check_limit, check_text, paged, range_of, sound
-from sync_engine.storage.sql.rows import Row, item_of
-from sync_engine.storage.sql.words import Said
+from sync_engine.storage.sql.pages import PAGE_ROWS, check_limit, check_text, range_of, sound
+from sync_engine.storage.sql.questions import Questions
+from sync_engine.storage.sql.routing import Router
+from sync_engine.storage.sql.rows import item_of
+from sync_engine.storage.sql.schemas import Schemas
+from sync_engine.storage.sql.words import Words
 
 __all__ = ["SqlStore"]
 
@@ -42,16 +46,27 @@ class SqlStore:
     name = "l3"
 
     def __init__(
-        self, database: Database, first: Session, clock: Clock, tables_made: bool = False, writers: int = 1
+        self,
+        database: Database,
+        first: Session,
+        clock: Clock,
+        router: Router,
+        tables_made: bool = False,
+        writers: int = 1,
     ) -> None:
         self.tables_made = tables_made
         """Whether connecting has made the tables, or changed them."""
         self._database = database
-        # The connections there will ever be. The first is there; the others are opened when they have something to do.
+        # The connections there will ever be, but for one while rows are moved. The first is there; the others are
+        # opened when they have something to do.
         self._writers = [Lane(database, first), *(Lane(database) for _ in range(writers - 1))]
         self._readers = [Lane(database) for _ in range(READERS)]
+        self._questions = Questions(self._readers, router)
+        self._rows = self._questions.rows
         self._clock = clock
-        self._words = database.words(tables.items)
+        self._router = router
+        self._schemas = Schemas(database, router, clock)
+        self._words = router.words()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._closing: asyncio.Task[None] | None = None
 
@@ -78,20 +93,25 @@ class SqlStore:
         try:
             session = await database.open()
             tables_made = await prepare(database, session, clock.now_ms())
+            router = Router(database)
+            routes = await router.learn(session.rows)
         except BaseException:  # cancelled or failed alike: the caller has no store to close
             if session is not None:
                 await session.close()
             await database.close()
             raise
         writers = 1 if database.one_writer else write_concurrency
-        return cls(database, session, clock, tables_made, writers)
+        store = cls(database, session, clock, router, tables_made, writers)
+        if routes.moving:
+            store._run(store._schemas.resume())
+        return store
 
     # The port: many ids first, facts back.
 
     async def fetch(self, ids: Sequence[str], /) -> Fetched:
         """Everything held of these ids, each content checked against its SHA-256."""
         fetched = Fetched()
-        for row in await self._by_ids(self._words.fetch, ids):
+        for row in await self._questions.by_ids(Words.fetch, ids):
             item = item_of(row)
             if isinstance(item, SyncItem):
                 fetched.items[item.object_id] = item
@@ -101,7 +121,7 @@ class SqlStore:
 
     async def exists_batch(self, ids: Sequence[str], /) -> list[bool]:
         """Whether each id is held, in input order."""
-        held = {id_ for (id_,) in await self._by_ids(self._words.existing, ids)}
+        held = {id_ for (id_,) in await self._questions.by_ids(Words.existing, ids)}
         return [id_ in held for id_ in ids]
 
     async def apply(self, ops: Sequence[Op], /) -> Applied:
@@ -116,50 +136,60 @@ class SqlStore:
     async def list_state_ids(self, state: str, limit: int = 1000, *, after: str | None = None) -> list[str]:
         """Ids in the state, ascending, those greater than ``after``."""
         values = (check_state(state), check_text("after", after or ""), check_limit(limit))
-        rows = await self._rows(self._words.ids_in_state(*values))
+        rows = await self._questions.told(lambda routes: self._router.every(routes).ids_in_state(*values))
         return [id_ for (id_,) in rows]
 
     async def count_by_state(self, state: str, /) -> int:
         """How many items are in the state."""
-        return await self._number(self._words.count_state(check_state(state)))
+        check_state(state)
+        return await self._questions.number(lambda routes: self._router.every(routes).count_state(state))
 
     async def get_by_state(self, state: str, limit: int = 1000, *, after: str | None = None) -> list[SyncItem]:
         """Items in the state, ascending by id, those greater than ``after``. Raises ``Corruption``."""
-        return [item async for item in self._in_state(state, after, check_limit(limit))]
+        return [item async for item in self._questions.in_state(state, after, check_limit(limit))]
 
     async def scan_prefix(self, prefix: str, limit: int = 1000, *, after: str | None = None) -> list[SyncItem]:
         """Items whose id starts with the prefix, ascending by code point, those greater than ``after``.
 
         The empty prefix means all items. Raises ``Corruption``.
         """
-        return [item async for item in self._in_range(prefix, after, check_limit(limit))]
+        return [item async for item in self._questions.in_range(prefix, after, check_limit(limit))]
 
     async def list_prefix_ids(self, prefix: str, limit: int = 1000, *, after: str | None = None) -> list[str]:
         """Ids that start with the prefix, ascending by code point, those greater than ``after``."""
         shape, bounds = range_of(check_text("prefix", prefix), check_text("after", after or ""))
-        rows = await self._rows(self._words.ids_in_range(shape, bounds, check_limit(limit)))
+        check_limit(limit)
+        rows = await self._questions.told(
+            lambda routes: self._router.under(routes, prefix).ids_in_range(shape, bounds, limit)
+        )
         return [id_ for (id_,) in rows]
 
     async def count_prefix(self, prefix: str, /) -> int:
         """How many ids start with the prefix; the empty prefix counts all."""
         shape, bounds = range_of(check_text("prefix", prefix), "")
-        return await self._number(self._words.count_range(shape, bounds))
+        return await self._questions.number(
+            lambda routes: self._router.under(routes, prefix).count_range(shape, bounds)
+        )
 
     async def newest_stamp(self) -> int:
         """A stamp that no write this store has accepted exceeds; 0 when it never accepted one."""
-        return await self._number(self._words.meta("newest_stamp"))
+        ((stamp,),) = await self._rows(self._words.meta("newest_stamp"))
+        return int(stamp)
 
     async def held_stamps(self, ids: Sequence[str], /) -> dict[str, int]:
         """The stamps of the rows that there are."""
-        return dict(await self._by_ids(self._words.stamps, ids))
+        return dict(await self._questions.by_ids(Words.stamps, ids))
 
     async def buried_stamps(self, ids: Sequence[str], /) -> dict[str, int]:
         """The stamps of the tombstones that there are."""
-        return dict(await self._by_ids(self._words.buried, ids))
+        wanted = [check_id(id_) for id_ in dict.fromkeys(ids)]
+        parts = [wanted[at : at + self._words.ids_max] for at in range(0, len(wanted), self._words.ids_max)]
+        return dict([row for part in parts for row in await self._rows(self._words.buried(part))])
 
     async def changed_since(self, stamp: int, after: tuple[int, str] | None = None, limit: int = PAGE_ROWS) -> Changes:
         """Rows and tombstones of that stamp or newer, page by page, ascending by stamp and id."""
-        return await history.changed_since(self._rows, self._words, stamp, after, check_limit(limit))
+        check_limit(limit)
+        return await history.changed_since(self._questions.told, self._router.every, stamp, after, limit)
 
     async def forgotten(self) -> int:
         """A stamp below which tombstones may have been removed."""
@@ -175,9 +205,23 @@ class SqlStore:
         """The oldest stamp noted as late at that moment or after it."""
         return await history.late_since(self._rows, self._words, at_ms)
 
+    async def register_schema(self, name: str, prefixes: Iterable[str], /) -> int:
+        """Keep the ids that begin with one of these prefixes in a table of their own, ``{name}_items``.
+
+        Returns how many rows were moved there, once all are; meanwhile everything is served. Of several prefixes the
+        longest counts; one that belongs to another schema comes to this one. Remembered by the database: every store
+        on it knows, and a call that is repeated does nothing, or goes on where an earlier one ended. Cancelling the
+        caller leaves it to finish. Raises ``InvalidItem``, ``ConfigError`` at a bound, ``StoreError`` where a table
+        of this name is none of items.
+        """
+        checked = check_schema(name, prefixes)
+        return await self._owned(lambda: self._schemas.register(name, checked))
+
     async def close(self) -> None:
         """Finish what runs, then close the connections. Safe to call twice."""
         if self._closing is None:
+            self._questions.stop()
+            self._schemas.stop()
             self._closing = asyncio.get_running_loop().create_task(self._close())
         await asyncio.shield(self._closing)
 
@@ -185,9 +229,8 @@ class SqlStore:
 
     async def get(self, object_id: str) -> SyncItem | None:
         """The item, or None where there is none. Raises ``Corruption`` where its content fails its SHA-256."""
-        check_id(object_id)
-        rows = await self._rows(self._words.fetch([object_id]))
-        return sound(item_of(rows[0])) if rows else None
+        rows = await self._questions.by_ids(Words.fetch, [object_id])
+        return sound(item_of(rows[-1])) if rows else None
 
     async def get_many(self, ids: Sequence[str]) -> dict[str, SyncItem]:
         """The items held of these ids. Raises ``Corruption``; ``fetch`` tells of bad ones beside the good."""
@@ -233,16 +276,16 @@ class SqlStore:
 
     async def count(self) -> int:
         """How many items there are."""
-        return await self._number(self._words.count)
+        return await self._questions.number(lambda routes: self._router.every(routes).count)
 
     async def iter_prefix(self, prefix: str) -> AsyncIterator[SyncItem]:
         """All items whose id starts with the prefix, page by page; writes in between may or may not be seen."""
-        async for item in self._in_range(prefix, None, None):
+        async for item in self._questions.in_range(prefix, None, None):
             yield item
 
     async def iter_by_state(self, state: str) -> AsyncIterator[SyncItem]:
         """All items in the state, page by page; writes in between may or may not be seen."""
-        async for item in self._in_state(state, None, None):
+        async for item in self._questions.in_state(state, None, None):
             yield item
 
     def __repr__(self) -> str:
@@ -254,10 +297,10 @@ class SqlStore:
     async def _apply(self, ops: Sequence[Op], batch_id: str | None = None) -> Applied:
         if not ops:
             return Applied()
-        now_ms, words = self._clock.now_ms(), self._words
+        now_ms, router = self._clock.now_ms(), self._router
 
         async def applied(writer: Lane, share: Sequence[Op]) -> Applied:
-            return await writer.transaction(lambda own: apply_ops(own, words, share, now_ms, batch_id))
+            return await writer.transaction(lambda own: apply_ops(own, router, share, now_ms, batch_id))
 
         shares = shared_out(ops, len(self._writers))
         if len(shares) == 1:
@@ -269,47 +312,17 @@ class SqlStore:
             raise failure  # one that passes first: what was refused is refused again
         return together([answer for answer in answers if isinstance(answer, Applied)])
 
-    async def _rows(self, said: Said) -> list[Row]:
-        if self._closing is not None:
-            raise TierUnavailable(self.name, "the store is closed")
-        return await min(self._readers, key=_running).rows(said)
-
-    async def _number(self, said: Said) -> int:
-        ((number,),) = await self._rows(said)
-        return int(number)
-
-    async def _by_ids(self, verb: Callable[[Sequence[str]], Said], ids: Sequence[str]) -> list[Row]:
-        wanted = [check_id(id_) for id_ in dict.fromkeys(ids)]
-        rows: list[Row] = []
-        for start in range(0, len(wanted), self._words.ids_max):
-            rows += await self._rows(verb(wanted[start : start + self._words.ids_max]))
-        return rows
-
-    def _in_range(self, prefix: str, after: str | None, limit: int | None) -> AsyncIterator[SyncItem]:
-        check_text("prefix", prefix)
-
-        async def page(after: str, size: int) -> list[Row]:
-            shape, bounds = range_of(prefix, after)
-            return await self._rows(self._words.range(shape, bounds, size))
-
-        return paged(page, check_text("after", after or ""), limit)
-
-    def _in_state(self, state: str, after: str | None, limit: int | None) -> AsyncIterator[SyncItem]:
-        check_state(state)
-
-        async def page(after: str, size: int) -> list[Row]:
-            return await self._rows(self._words.in_state(state, after, size))
-
-        return paged(page, check_text("after", after or ""), limit)
-
     async def _owned(self, work: Callable[[], Coroutine[Any, Any, _T]]) -> _T:
         """Run to the end whatever becomes of the caller: half a transaction would hold the lock for ever."""
         if self._closing is not None:
             raise TierUnavailable(self.name, "the store is closed")
-        task = asyncio.get_running_loop().create_task(work())
+        return await asyncio.shield(self._run(work()))
+
+    def _run(self, work: Coroutine[Any, Any, _T]) -> asyncio.Task[_T]:
+        task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-        return await asyncio.shield(task)
+        return task
 
     async def _close(self) -> None:
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -320,7 +333,3 @@ class SqlStore:
 
 def _put(item: SyncItem) -> Op:
     return Op(kind="put", object_id=item.object_id, stamp=item.stamp, item=item)
-
-
-def _running(lane: Lane) -> int:
-    return lane.running

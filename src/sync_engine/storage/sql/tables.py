@@ -6,6 +6,7 @@ end and nullable, so that both can use one table.
 
 from __future__ import annotations
 
+import zlib
 from typing import Final
 
 from sqlalchemy import BigInteger, Column, Index, Integer, LargeBinary, MetaData, String, Table, Text, text
@@ -21,6 +22,7 @@ __all__ = [
     "locks",
     "meta",
     "metadata",
+    "routes",
     "tombstones",
 ]
 
@@ -50,11 +52,11 @@ _Id = _short(255)
 metadata = MetaData()
 
 
-def item_table(name: str) -> Table:
+def item_table(name: str, among: MetaData | None = None) -> Table:
     """The table of items called ``name``; times are epoch milliseconds."""
     return Table(
         name,
-        metadata,
+        MetaData() if among is None else among,
         Column("id", _Id, primary_key=True),
         Column("version", _Int64, nullable=False, server_default=text("1")),
         Column("timestamp", _Int64, nullable=False),
@@ -78,10 +80,14 @@ def item_table(name: str) -> Table:
 
 def index_name(table: str, column: str) -> str:
     """The name of an index of an item table: SQLite's and PostgreSQL's share one name space."""
-    return f"idx_{column}" if table == "sync_items" else f"idx_{table}_{column}"
+    if table == "sync_items":
+        return f"idx_{column}"
+    name = f"idx_{table}_{column}"
+    # PostgreSQL would cut it at 63 bytes, and no longer find it by its whole name.
+    return name if len(name) <= 63 else f"idx_{zlib.crc32(table.encode()):08x}_{column}"
 
 
-items = item_table("sync_items")
+items = item_table("sync_items", metadata)
 
 tombstones = Table(
     "sync_tombstones",
@@ -103,7 +109,17 @@ meta = Table(
 """Numbers by name.
 
 ``schema_version``; ``newest_stamp``, which no accepted write exceeds; ``forgotten_ms``: deletes before that moment may
-be forgotten; ``late:{ms}``: the oldest stamp that Redis was given late from that moment on (``Truth.note_late``)."""
+be forgotten; ``late:{ms}``: the oldest stamp that Redis was given late from that moment on (``Truth.note_late``);
+``routes``: the version of sync_routes, once a schema was registered; ``table:{name}``: that there is this table."""
+
+routes = Table(
+    "sync_routes",
+    metadata,
+    Column("prefix", _Id, primary_key=True),
+    Column("table_name", _short(64), nullable=False),
+    Column("phase", Integer, nullable=False),
+)
+"""Which table the ids of a prefix are in; phase 1: rows of theirs may still be in others, 0: none is."""
 
 locks = Table("sync_locks", MetaData(), Column("bucket", Integer, primary_key=True, autoincrement=False))
 """For MySQL, which has no other locks that end with a transaction: a row for each bucket of ids (dialect.BUCKETS)."""

@@ -1,9 +1,9 @@
-"""The statements of the store, each a text with a title, built once per table and size.
+"""The statements of the store about its tables of items, with their values, each text built once per tables and size.
 
-A text is written once, for all databases, where they agree; a database says what it says differently
+A text is written once, for all databases, where they agree (titles.py); a database says what it says differently
 (``*_words.py``). Values are always bound: ``?`` stands for one until the database puts its own mark there. ``$items``
-and the like stand for a table name of tables.py and for constants, the only things ever put into a text. Times are
-epoch milliseconds.
+and the like stand for a table name of tables.py or of a checked schema, and for constants, the only things ever put
+into a text. Times are epoch milliseconds.
 """
 
 from __future__ import annotations
@@ -13,11 +13,22 @@ from collections.abc import Iterator, Sequence
 from string import Template
 from typing import ClassVar, Final, NamedTuple, TypeVar
 
+from sync_engine.storage.sql import titles
 from sync_engine.storage.sql.rows import Value
+from sync_engine.storage.sql.tables import index_name
 
-__all__ = ["FORGOTTEN", "Said", "Words", "padded", "power_of_two", "repeated"]
+__all__ = ["FORGOTTEN", "ROUTES_VERSION", "Said", "Words", "padded", "power_of_two", "repeated"]
 
 T = TypeVar("T")
+
+FORGOTTEN: Final = "forgotten_ms"
+"""Name of a number of sync_meta."""
+
+ROUTES_VERSION: Final = "routes"
+"""Name of another: it grows with every change of a route."""
+
+
+RANGES: Final = titles.RANGES
 
 
 class Said(NamedTuple):
@@ -27,151 +38,83 @@ class Said(NamedTuple):
     values: Sequence[Value | Sequence[Value]] = ()
 
 
-FETCH: Final = "SELECT $columns FROM $items WHERE id $among"
-"""Whole rows of these ids."""
-
-EXISTING: Final = "SELECT id FROM $items WHERE id $among"
-"""Which of these ids have a row."""
-
-HELD: Final = "SELECT id, coalesce(stamp, 0), version, coalesce(payload_hash, ''), state FROM $items WHERE id $among"
-"""What decides about an operation on these ids."""
-
-STAMPS: Final = "SELECT id, coalesce(stamp, 0) FROM $items WHERE id $among"
-"""Stamps of these ids."""
-
-DELETE: Final = "DELETE FROM $items WHERE id $among"
-"""Remove rows, after HELD was read in the same transaction."""
-
-ANY_BURIED: Final = "SELECT EXISTS (SELECT 1 FROM sync_tombstones)"
-"""Whether there is any tombstone; asking for 256 ids costs 0.4 ms even where there is none."""
-
-BURIED: Final = "SELECT id, stamp FROM sync_tombstones WHERE id $among"
-"""Tombstones of these ids."""
-
-EXHUME: Final = "DELETE FROM sync_tombstones WHERE id $among"
-"""Forget tombstones whose id carries a newer stamp in its row."""
-
-FORGOTTEN: Final = "forgotten_ms"
-"""Name of a number of sync_meta."""
-
-NOTE: Final = """\
-INSERT INTO sync_meta (name, value) VALUES (?, ?)
-ON CONFLICT (name) DO UPDATE SET value = $best(sync_meta.value, excluded.value)"""
-"""Raise or lower one number of sync_meta, or make it."""
-
-LATE: Final = "SELECT min(value) FROM sync_meta WHERE name >= ? AND name < 'late;'"
-"""The oldest stamp noted as late from a moment on; moments have as many digits as sort like numbers."""
-
-FORGET_LATE: Final = "DELETE FROM sync_meta WHERE name >= 'late:' AND name < ?"
-"""Forget notes of older moments."""
-
-READ_META: Final = "SELECT value FROM sync_meta WHERE name = ?"
-"""One number of sync_meta."""
-
-NEWEST_STAMP: Final = """\
-SELECT coalesce(max(stamp), 0) FROM
-  (SELECT max(stamp) AS stamp FROM sync_items UNION ALL SELECT max(stamp) FROM sync_tombstones) AS both_tables"""
-"""The newest stamp the slow way, for tables that do not note it yet."""
-
-CHANGED: Final = """\
-SELECT $columns, 0 FROM $items WHERE (stamp, id) > (?, ?)
-UNION ALL
-SELECT id, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, stamp, 1
-FROM sync_tombstones WHERE (stamp, id) > (?, ?)
-ORDER BY 11, 1 LIMIT ?"""
-"""A page of rows and tombstones, the marked ones, by stamp and id."""
-
-UNSTAMPED: Final = "SELECT $columns, 0 FROM $items WHERE stamp IS NULL AND id > ? ORDER BY id LIMIT ?"
-"""A page of the rows that were written without a stamp."""
-
-COUNT: Final = "SELECT count(*) FROM $items"
-"""How many rows there are."""
-
-IN_STATE: Final = "SELECT $columns FROM $items WHERE state = ? AND id > ? ORDER BY id LIMIT ?"
-"""A page of the rows in a state."""
-
-IDS_IN_STATE: Final = "SELECT id FROM $items WHERE state = ? AND id > ? ORDER BY id LIMIT ?"
-"""A page of the ids in a state."""
-
-COUNT_STATE: Final = "SELECT count(*) FROM $items WHERE state = ?"
-"""How many rows are in a state."""
-
-# By (lower bound exclusive, upper bound there).
-RANGES: Final = {
-    (False, True): "id >= ? AND id < ?",
-    (True, True): "id > ? AND id < ?",
-    (False, False): "id >= ?",
-    (True, False): "id > ?",
-}
-
-RANGE: Final = "SELECT $columns FROM $items WHERE $range ORDER BY id LIMIT ?"
-"""A page of the rows in a range of ids."""
-
-IDS_IN_RANGE: Final = "SELECT id FROM $items WHERE $range ORDER BY id LIMIT ?"
-"""A page of the ids in a range."""
-
-COUNT_RANGE: Final = "SELECT count(*) FROM $items WHERE $range"
-"""How many rows are in a range of ids."""
-
-
 class Words(ABC):
-    """The statements about one item table, with their values."""
+    """The statements about tables of items, usually one.
+
+    What reads asks all of them in one statement, which sees every row once, wherever it is being moved. Writing, and
+    what is not of items, takes words about one table.
+    """
 
     rows_max: ClassVar[int]
     """Most rows of one upsert."""
-    ids_max: ClassVar[int]
-    """Most ids one statement asks for."""
+    ids_per_table: ClassVar[int]
+    """Most ids one statement asks a table for."""
     columns: ClassVar[str]
     """What a ``Row`` is made of."""
     counts_writes: ClassVar[bool]
     """Whether the number of rows that an upsert reports is the number that it wrote."""
     most: ClassVar[str] = "GREATEST"
     least: ClassVar[str] = "LEAST"
-    note: ClassVar[str] = NOTE
-    changed_text: ClassVar[str] = CHANGED
+    note: ClassVar[str] = titles.NOTE
+    changed_rows: ClassVar[str] = titles.CHANGED_ROWS
+    changed_deletes: ClassVar[str] = titles.CHANGED_DELETES
 
-    def __init__(self, table: str) -> None:
-        self._table = table
+    def __init__(self, *tables: str) -> None:
+        self.tables = tables
+        self._many = len(tables)
+        self.ids_max = max(1, self.ids_per_table // self._many)
         self._sized: dict[tuple[str, int], str] = {}
         self._raise = self._text(self.note, best=self.most)
         self._lower = self._text(self.note, best=self.least)
-        self._read_meta = self._text(READ_META)
-        self._late = self._text(LATE)
-        self._forget_late = self._text(FORGET_LATE)
-        self._in_state = self._text(IN_STATE)
-        self._ids_in_state = self._text(IDS_IN_STATE)
-        self._count_state = self._text(COUNT_STATE)
-        self._changed = self._text(self.changed_text)
-        self._unstamped = self._text(UNSTAMPED)
-        self._range = {shape: self._text(RANGE, range=bounds) for shape, bounds in RANGES.items()}
-        self._ids_in_range = {shape: self._text(IDS_IN_RANGE, range=bounds) for shape, bounds in RANGES.items()}
-        self._count_range = {shape: self._text(COUNT_RANGE, range=bounds) for shape, bounds in RANGES.items()}
-        self.count = Said(self._text(COUNT))
-        self.any_buried = Said(ANY_BURIED)
-        self.slow_newest_stamp = Said(NEWEST_STAMP)
+        self._read_meta = self._text(titles.READ_META)
+        self._late = self._text(titles.LATE)
+        self._forget_late = self._text(titles.FORGET_LATE)
+        self._route = self._text(titles.ROUTE)
+        self._unroute = self._text(titles.UNROUTE)
+        self._in_state = self._page(titles.IN_STATE)
+        self._ids_in_state = self._page(titles.IDS_IN_STATE)
+        self._count_state = self._sum(titles.COUNT_STATE)
+        self._unstamped = self._page(titles.UNSTAMPED)
+        self._range = {shape: self._page(titles.RANGE, range=bounds) for shape, bounds in RANGES.items()}
+        self._ids_in_range = {shape: self._page(titles.IDS_IN_RANGE, range=bounds) for shape, bounds in RANGES.items()}
+        self._weighed = {shape: self._page(titles.WEIGHED, range=bounds) for shape, bounds in RANGES.items()}
+        self._count_range = {shape: self._sum(titles.COUNT_RANGE, range=bounds) for shape, bounds in RANGES.items()}
+        told = [*self._each(self.changed_rows), self.changed_deletes]
+        self._changed = self._marked(" UNION ALL ".join(told) + titles.CHANGED_ORDER)
+        self.count = Said(self._sum(titles.COUNT))
+        self.before_writing = Said(titles.BEFORE_WRITING)
+        self.routes = Said(titles.ROUTES)
+        self.arrived = Said(titles.ARRIVED)
+        self.newest_stamps = Said(" UNION ALL ".join([*self._each(titles.NEWEST_STAMP), titles.NEWEST_BURIED]))
 
     # Of ids.
 
     def fetch(self, ids: Sequence[str]) -> Said:
-        return self._among(FETCH, ids)
+        return self._among(titles.FETCH, ids)
 
     def existing(self, ids: Sequence[str]) -> Said:
-        return self._among(EXISTING, ids)
+        return self._among(titles.EXISTING, ids)
 
     def held(self, ids: Sequence[str]) -> Said:
-        return self._among(HELD, ids)
+        return self._among(titles.HELD, ids)
 
     def stamps(self, ids: Sequence[str]) -> Said:
-        return self._among(STAMPS, ids)
+        return self._among(titles.STAMPS, ids)
+
+    def ages(self, ids: Sequence[str]) -> Said:
+        return self._among(titles.AGES, ids)
 
     def delete(self, ids: Sequence[str]) -> Said:
-        return self._among(DELETE, ids)
+        return self._among(titles.DELETE, ids)
+
+    def take(self, ids: Sequence[str], source: str) -> Said:
+        return self._among(titles.TAKE.replace("$source", source), ids)
 
     def buried(self, ids: Sequence[str]) -> Said:
-        return self._among(BURIED, ids)
+        return self._among(titles.BURIED, ids)
 
     def exhume(self, ids: Sequence[str]) -> Said:
-        return self._among(EXHUME, ids)
+        return self._among(titles.EXHUME, ids)
 
     # Of rows; at most as many as ``parts`` gives.
 
@@ -216,36 +159,47 @@ class Words(ABC):
     def forget_late(self, name: str) -> Said:
         return Said(self._forget_late, (name,))
 
+    # Of routes.
+
+    def route(self, prefix: str, table: str) -> Said:
+        return Said(self._route, (prefix, table))
+
+    def unroute(self, prefix: str) -> Said:
+        return Said(self._unroute, (prefix,))
+
     # Of pages.
 
     def in_state(self, state: str, after: str, limit: int) -> Said:
-        return Said(self._in_state, (state, after, limit))
+        return self._paged(self._in_state, (state, after), limit)
 
     def ids_in_state(self, state: str, after: str, limit: int) -> Said:
-        return Said(self._ids_in_state, (state, after, limit))
+        return self._paged(self._ids_in_state, (state, after), limit)
 
     def count_state(self, state: str) -> Said:
-        return Said(self._count_state, (state,))
+        return Said(self._count_state, (state,) * self._many)
 
     def range(self, shape: tuple[bool, bool], bounds: Sequence[str], limit: int) -> Said:
-        return Said(self._range[shape], (*bounds, limit))
+        return self._paged(self._range[shape], bounds, limit)
 
     def ids_in_range(self, shape: tuple[bool, bool], bounds: Sequence[str], limit: int) -> Said:
-        return Said(self._ids_in_range[shape], (*bounds, limit))
+        return self._paged(self._ids_in_range[shape], bounds, limit)
 
     def count_range(self, shape: tuple[bool, bool], bounds: Sequence[str]) -> Said:
-        return Said(self._count_range[shape], bounds)
+        return Said(self._count_range[shape], tuple(bounds) * self._many)
+
+    def weighed(self, shape: tuple[bool, bool], bounds: Sequence[str], limit: int) -> Said:
+        return self._paged(self._weighed[shape], bounds, limit)
 
     def changed(self, stamp: int, id_: str, limit: int) -> Said:
-        return Said(self._changed, (stamp, id_, stamp, id_, limit))
+        return Said(self._changed, (*self._changed_from(stamp, id_, limit) * (self._many + 1), limit))
 
     def unstamped(self, id_: str, limit: int) -> Said:
-        return Said(self._unstamped, (id_, limit))
+        return self._paged(self._unstamped, (id_,), limit)
 
     # How.
 
-    def _text(self, title: str, **parts: str) -> str:
-        return self._marked(Template(title).substitute(items=self._table, columns=self.columns, **parts))
+    def _changed_from(self, stamp: int, id_: str, limit: int) -> tuple[Value, ...]:
+        return stamp, id_
 
     def mark(self, number: int) -> str:
         """What stands for the bound value of this number, from 1 on, in a text made elsewhere."""
@@ -254,9 +208,41 @@ class Words(ABC):
     def _marked(self, text: str) -> str:
         return text
 
+    def _text(self, title: str, **parts: str) -> str:
+        return self._marked(self._each(title, **parts)[-1])
+
+    def _each(self, title: str, **parts: str) -> list[str]:
+        """The text about each table."""
+        return [
+            Template(title).substitute(items=table, index=index_name(table, "stamp"), columns=self.columns, **parts)
+            for table in self.tables
+        ]
+
+    def _page(self, title: str, **parts: str) -> str:
+        """A page of each table, merged by id; the one of a single table is said as it is."""
+        each = self._each(title, **parts)
+        if len(each) == 1:
+            return self._marked(each[0])
+        merged = " UNION ALL ".join(f"SELECT * FROM ({text}) AS page{at}" for at, text in enumerate(each))  # noqa: S608
+        return self._marked(f"{merged} ORDER BY 1 LIMIT ?")
+
+    def _paged(self, text: str, values: Sequence[Value], limit: int) -> Said:
+        own = (*values, limit)
+        return Said(text, own if self._many == 1 else (*own * self._many, limit))
+
+    def _sum(self, title: str, **parts: str) -> str:
+        each = self._each(title, **parts)
+        return self._marked(each[0] if len(each) == 1 else f"SELECT {' + '.join(f'({text})' for text in each)}")
+
     def _among(self, title: str, ids: Sequence[str]) -> Said:
         bound = padded(ids, self.ids_max)
-        return Said(self._of_size(title, len(bound), among=f"IN ({repeated('?', len(bound))})"), bound)
+        return Said(self._ids_text(title, len(bound), f"IN ({repeated('?', len(bound))})"), bound * self._many)
+
+    def _ids_text(self, title: str, size: int, among: str) -> str:
+        text = self._sized.get((title, size))
+        if text is None:
+            text = self._sized[title, size] = self._marked(" UNION ALL ".join(self._each(title, among=among)))
+        return text
 
     def _of_size(self, title: str, size: int, **parts: str) -> str:
         text = self._sized.get((title, size))
