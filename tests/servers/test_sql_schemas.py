@@ -9,6 +9,7 @@ import re
 import signal
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -341,6 +342,19 @@ async def test_two_that_register_the_same_at_once_do_each_other_no_harm(stores: 
     assert sum(moved) == 1000
     assert await ids_in(sql_url, "one") == ids
     assert await ids_in(sql_url, "sync") == []
+
+
+async def test_a_page_that_was_read_by_older_routes_is_not_moved(stores: list[SqlStore], sql_url: str) -> None:
+    """It would take rows to where they no longer belong, behind the mover who has already been there."""
+    first, second, _ = stores
+    await first.register_schema("one", ["a"])
+    known = first._router.routes
+    await second.register_schema("two", ["a"])
+    await first.apply([put("a1", 1)])
+    mover = first._schemas._mover(first._writer)
+    turn = partial(mover._move, known.version, ["a1"], "two_items", "one_items")
+    assert await first._writer.transaction(turn) is None
+    assert (await ids_in(sql_url, "one"), await ids_in(sql_url, "two")) == ([], ["a1"])
 
 
 # Ends in between.
