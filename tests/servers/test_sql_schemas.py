@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+import re
 import signal
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -16,6 +18,7 @@ from sync_engine.clock import SystemClock
 from sync_engine.errors import InvalidItem, StoreError, TierUnavailable
 from sync_engine.item import Op, SyncItem
 from sync_engine.storage.sql import SqlStore
+from sync_engine.storage.sql.words import Said
 from sync_engine.testing.databases import ask
 
 
@@ -225,6 +228,39 @@ async def test_pages_go_through_all_tables_in_order(store: SqlStore) -> None:
         assert found == [(0, f"{letter}-unstamped{n}") for letter in "abcd" for n in range(5)] + sorted(wanted)
 
 
+async def test_Q17_what_asks_several_tables_goes_through_an_index_of_each(store: SqlStore, sql_url: str) -> None:
+    await store.put_batch([SyncItem(f"{letter}{n:04}", b"x") for letter in "abc" for n in range(1500)])
+    await store.register_schema("one", ["a"])
+    await store.register_schema("two", ["b"])
+    words = store._router.every(store._router.routes)
+    assert len(words.tables) == 3
+    asked = [
+        words.range((False, True), ("a", "b"), 10),
+        words.ids_in_range((True, False), ("a",), 10),
+        words.count_range((False, True), ("a01", "a02")),
+        words.ids_in_state("none", "", 10),
+        words.count_state("none"),
+        words.fetch(["a0001", "b0002"]),
+        words.changed(2**60, "", 10),
+    ]
+    for table in words.tables:
+        await ask(sql_url, f"ANALYZE {'TABLE ' * sql_url.startswith('mysql')}{table}")
+    session = await store._writer.session()
+    for said in asked:
+        if sql_url.startswith("sqlite"):
+            steps = [row[3] for row in await session.rows(Said("EXPLAIN QUERY PLAN " + said.text, said.values))]
+            assert not [step for step in steps if "_items" in step and "INDEX" not in step], (said.text, steps)
+            continue
+        plan = await session.rows(Said("EXPLAIN " + said.text, said.values))
+        if sql_url.startswith("mysql"):
+            steps = [row for row in plan if str(row[2]).endswith("_items")]
+            assert steps, said.text
+            assert all(row[3] != "ALL" and row[5] for row in steps), (said.text, plan)
+        else:
+            assert "Index" in str(plan), said.text
+            assert "Seq Scan on" not in re.sub("Seq Scan on sync_(meta|tombstones)", "", str(plan)), (said.text, plan)
+
+
 # While everybody works.
 
 
@@ -306,6 +342,19 @@ async def test_two_that_register_the_same_at_once_do_each_other_no_harm(stores: 
     assert sum(moved) == 1000
     assert await ids_in(sql_url, "one") == ids
     assert await ids_in(sql_url, "sync") == []
+
+
+async def test_a_page_that_was_read_by_older_routes_is_not_moved(stores: list[SqlStore], sql_url: str) -> None:
+    """It would take rows to where they no longer belong, behind the mover who has already been there."""
+    first, second, _ = stores
+    await first.register_schema("one", ["a"])
+    known = first._router.routes
+    await second.register_schema("two", ["a"])
+    await first.apply([put("a1", 1)])
+    mover = first._schemas._mover(first._writer)
+    turn = partial(mover._move, known.version, ["a1"], "two_items", "one_items")
+    assert await first._writer.transaction(turn) is None
+    assert (await ids_in(sql_url, "one"), await ids_in(sql_url, "two")) == ([], ["a1"])
 
 
 # Ends in between.

@@ -4,6 +4,42 @@ from __future__ import annotations
 
 from typing import Final
 
+__all__ = [
+    "AGES",
+    "ARRIVED",
+    "BEFORE_WRITING",
+    "BURIED",
+    "CHANGED_DELETES",
+    "CHANGED_ORDER",
+    "CHANGED_ROWS",
+    "COUNT",
+    "COUNT_RANGE",
+    "COUNT_STATE",
+    "DELETE",
+    "EXHUME",
+    "EXISTING",
+    "FETCH",
+    "FORGET_LATE",
+    "HELD",
+    "IDS_IN_RANGE",
+    "IDS_IN_STATE",
+    "IN_STATE",
+    "LATE",
+    "NEWEST_BURIED",
+    "NEWEST_STAMP",
+    "NOTE",
+    "RANGE",
+    "RANGES",
+    "READ_META",
+    "ROUTE",
+    "ROUTES",
+    "STAMPS",
+    "TAKE",
+    "UNROUTE",
+    "UNSTAMPED",
+    "WEIGHED",
+]
+
 FETCH: Final = "SELECT $columns FROM $items WHERE id $among"
 """Whole rows of these ids."""
 
