@@ -48,7 +48,7 @@ lint: .venv/ready-dev
 
 # Of what keeps no journal, rows 3, 13, 15, 16, 19 and 23 of the matrix: tests/fault_report.py names the files.
 faults: .venv/ready-dev strace redis-tools databases
-	@$(BIN)/pytest -n $(WORKERS) --dist worksteal --long --fault-report docs/fault-report.md \
+	@$(BIN)/pytest -n $(WORKERS) --dist worksteal --timeout 900 --long --fault-report docs/fault-report.md \
 	  tests/crash $$($(BIN)/python tests/fault_report.py) $(ARGS)
 
 docs-test: .venv/ready-dev

@@ -9,7 +9,8 @@ import signal
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import time
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -32,6 +33,7 @@ __all__ = [
     "MakeRig",
     "Rig",
     "locked",
+    "timed_ms",
     "until",
     "until_well",
 ]
@@ -380,6 +382,13 @@ def locked(rig: Rig) -> Iterator[sqlite3.Connection]:
             other.execute("ROLLBACK")
     finally:
         other.close()
+
+
+async def timed_ms(doing: Awaitable[object]) -> float:
+    """How long it took: for the report, never to be asserted."""
+    begun_s = time.monotonic()
+    await doing
+    return (time.monotonic() - begun_s) * 1000
 
 
 async def until_well(engine: SyncEngine) -> None:

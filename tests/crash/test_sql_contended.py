@@ -58,7 +58,7 @@ async def test_I1_six_engines_and_a_stranger_who_locks_rows_in_the_other_order(
     async with AsyncExitStack() as stack:
         engines = await six(rig, stack, sql_timeout_ms=1_000)
         writing = [
-            asyncio.create_task(contend(engine, rig.journal, who, IDS, 60 if truth.long else 12))
+            asyncio.create_task(contend(engine, rig.journal, who, IDS, 60 if truth.long else 6))
             for who, engine in enumerate(engines)
         ]
         while not all(task.done() for task in writing):
@@ -178,7 +178,7 @@ async def test_I1_a_writer_that_stood_still_in_the_middle_of_a_flush_passes_noth
 ) -> None:
     rig, stamps, rng = make_rig(), Stamps(), random.Random(21)
     rig.settings |= {**NO_L1, "sql_timeout_ms": 300}
-    rounds = 12 if truth.long else 1
+    rounds = 20 if truth.long else 1
     for round_ in range(rounds):
         async with AsyncExitStack() as stack:
             through = {}

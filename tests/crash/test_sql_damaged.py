@@ -109,12 +109,13 @@ async def test_the_largest_item_reaches_the_database_and_one_byte_more_is_refuse
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @each_server
 async def test_I10_a_flood_while_the_database_stands_still_is_bounded_and_arrives(
     make_rig: MakeRig, truth: ServerTruth
 ) -> None:
     rig, bound, size = make_rig(redis_url=None), 4 * MIB, 256 * 1024
-    count = 800 if truth.long else 300
+    count = 800
     rig.settings |= {"pending_max_bytes": bound, "l1_max_bytes": bound, "sql_timeout_ms": 100}
     async with SyncEngine(rig.config()) as engine:
         await engine.flush()
@@ -145,7 +146,7 @@ async def test_I10_a_flood_while_the_database_stands_still_is_bounded_and_arrive
 @each_truth
 async def test_settings_that_change_a_hundred_times_a_second_drop_nothing(make_rig: MakeRig, truth: Truth) -> None:
     rig, rng = make_rig(), random.Random(23)
-    changes = 400 if truth.long else 60
+    changes = 400 if truth.long else 30
     async with SyncEngine(rig.config(backpressure_wait_ms=60_000)) as engine:
         working = asyncio.create_task(rig.work(engine, moves=changes // 2))
         while rig.figures.faults < changes or not working.done():
