@@ -20,13 +20,14 @@ QUICK := not slow and not crash and not servers
 # Passed on by demo, bench and docs-test: make demo ARGS="--places 1000"
 ARGS ?=
 
-.PHONY: help demo test lint bench docs-test other-pythons strace redis-tools databases python constraints audit clean
+.PHONY: help demo test lint faults bench docs-test other-pythons strace redis-tools databases python constraints audit clean
 
 help:
 	@echo 'make demo       30,000 places through memory, Redis and SQL, with a kill -9 on the way (takes ARGS=...)'
 	@echo 'make test       format, lint, types, import rules, then every test; shorter on other Pythons found here'
 	@echo 'make lint       the first part of it'
 	@echo 'make docs-test  runs the examples of README.md and docs/'
+	@echo 'make faults     the whole fault matrix on three databases, about 25 minutes; writes docs/fault-report.md'
 	@echo 'make bench      our figures against their baselines (takes ARGS=...)'
 	@echo 'make audit      known vulnerabilities of the pinned versions'
 	@echo 'make clean      removes the environments and caches'
@@ -44,6 +45,11 @@ lint: .venv/ready-dev
 	@echo '== mypy --strict' && $(BIN)/mypy --no-error-summary
 	@echo '== import rules' && { log=$$($(BIN)/lint-imports --no-cache 2>&1) || { echo "$$log"; exit 1; }; }
 	@echo '== longest, to look at (nothing fails here)' && $(BIN)/python tests/test_tidy.py
+
+# Of what keeps no journal, rows 3, 13, 15, 16, 19 and 23 of the matrix: tests/fault_report.py names the files.
+faults: .venv/ready-dev strace redis-tools databases
+	@$(BIN)/pytest -n $(WORKERS) --dist worksteal --timeout 900 --long --fault-report docs/fault-report.md \
+	  tests/crash $$($(BIN)/python tests/fault_report.py) $(ARGS)
 
 docs-test: .venv/ready-dev
 	@$(BIN)/pytest tests/docs $(ARGS)

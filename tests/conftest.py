@@ -8,22 +8,14 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
+from .fault_report import beside, fault_report
+
 # Its asserts are then explained like those of a test file; it has to be said before anything imports it.
 pytest.register_assert_rewrite("sync_engine.testing.contract")
 
 pytest_plugins = ["sync_engine.testing.fixtures"]
 
 HERE = Path(__file__).parent
-
-FAULT_REPORT_INTRODUCTION = """\
-What the tests under `tests/crash` did to working engines, on SQLite and a real Redis of the kind that the row names (of
-Redis 8.2 with modules where it names none), and what it cost. Written by
-`.venv/bin/pytest tests/crash --fault-report docs/fault-report.md`; the same figures end every `make test`.
-
-A *life* is a process that ran an engine until it was killed or stopped, a *fault* a kill, cut, pause, lock or error
-made on purpose. *Begun* and *acked* operations were noted by another process (`sync_engine.testing.ackjournal`).
-Afterwards every tier is read back: *acked lost*, *stale* (older than the last acknowledged), *phantom* (never was),
-*tiers differ* and *lies* (a read of the working engine that contradicts the writes before it) must be 0."""
 
 # No deadline: the machine is shared, and how long an example takes is a question for bench/. The fixtures that
 # properties use (a server, a fresh prefix) are safe to share between examples.
@@ -40,17 +32,22 @@ settings.register_profile("deep", parent=settings.get_profile("suite"), max_exam
 settings.load_profile("suite")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What a folder says of the tests in it, as a mark."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """What a folder says of the tests in it, as a mark; and which of them are for `make faults` alone."""
     for item in items:
         for folder in ("crash", "servers"):
             if item.path.is_relative_to(HERE / folder):
                 item.add_marker(folder)
+    if not config.getoption("--long"):
+        left_out = [item for item in items if item.get_closest_marker("long")]
+        items[:] = [item for item in items if not item.get_closest_marker("long")]
+        config.hook.pytest_deselected(items=left_out)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """``pytest tests/crash --fault-report docs/fault-report.md`` writes what the crash tests did."""
+    """``pytest tests/crash --long --fault-report docs/fault-report.md`` is `make faults`."""
     parser.addoption("--seeds", type=int, default=2_000, help="how many seeds tests/simulation runs (default: 2000)")
+    parser.addoption("--long", action="store_true", help="run the crash tests over every database in their long form")
     parser.addoption("--fault-report", type=Path, help="write the figures of the crash tests to this Markdown file")
 
 
@@ -64,19 +61,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         for line in figures:
             terminalreporter.write_line(line)
     if figures and (path := config.getoption("--fault-report")):
-        path.write_text(_fault_report(figures))
-
-
-def _fault_report(figures: list[str]) -> str:
-    parted = [line.rpartition(": ") for line in figures]
-    rows = [(scenario, dict(pair.split("=") for pair in told.split())) for scenario, _, told in parted]
-    names = list(rows[0][1])
-    total = {name: sum(int(told[name]) for _, told in rows) for name in names}
-    table = [("row of the fault matrix, and the scenario", *(name.replace("_", " ") for name in names))]
-    table += [("---", *("--:" for _ in names))]
-    table += [(scenario, *(told[name] for name in names)) for scenario, told in [*rows, ("sum", total)]]
-    lines = [f"| {' | '.join(map(str, cells))} |" for cells in table]
-    return "\n".join(["# Faults", "", FAULT_REPORT_INTRODUCTION, "", *lines, ""])
+        path.write_text(fault_report(figures, beside(terminalreporter)))
 
 
 @pytest.fixture(autouse=True)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import asyncio
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
 
+from sync_engine.testing.databases import RunningDatabase, RunningMariaDB, RunningPostgres
 from sync_engine.testing.fixtures import StartKind
+from sync_engine.testing.proxy import CuttingProxy
 from sync_engine.testing.servers import RedisKind, RunningRedis
 
 from .rig import Drivers, MakeRig, Rig
+from .truths import FileTruth, ServerTruth, Truth
 
 
 @pytest.fixture(scope="session")
@@ -21,8 +25,39 @@ def drivers() -> Iterator[Drivers]:
     running.close()
 
 
+@pytest.fixture(scope="session")
+def mortal_servers() -> Iterator[dict[str, RunningDatabase]]:
+    """Databases that scenarios kill and pause one after the other; each leaves them running. They sync commits."""
+    servers: dict[str, RunningDatabase] = {
+        "mariadb": RunningMariaDB(durable=True),
+        # A deadlock is found after that time, of which there are many.
+        "postgresql": RunningPostgres(durable=True, settings=("-c", "deadlock_timeout=100ms")),
+    }
+    yield servers
+    for server in servers.values():
+        asyncio.run(server.stop())
+
+
 @pytest.fixture
-def make_rig(tmp_path: Path, drivers: Drivers, redis_url: str, redis_prefix: str) -> Iterator[MakeRig]:
+async def truth(request: pytest.FixtureRequest, mortal_servers: dict[str, RunningDatabase]) -> AsyncIterator[Truth]:
+    """The database of this test: SQLite, unless its parameter names another."""
+    name, long = getattr(request, "param", "sqlite"), bool(request.config.getoption("--long"))
+    if name == "sqlite":
+        yield FileTruth(long)
+        return
+    server = mortal_servers[name]
+    await server.start()
+    url = await server.database()
+    async with CuttingProxy(url) as proxy:
+        yield ServerTruth(long, server, url, proxy)
+    if server.running:  # a scenario that failed may have left it standing still
+        await server.resume()
+    await server.start()
+    await server.drop(url)
+
+
+@pytest.fixture
+def make_rig(tmp_path: Path, drivers: Drivers, redis_url: str, redis_prefix: str, truth: Truth) -> Iterator[MakeRig]:
     """Makes scenarios; without ``redis_url`` on the session's Redis, with ``redis_url=None`` on none."""
     made: list[Rig] = []
 
@@ -30,7 +65,7 @@ def make_rig(tmp_path: Path, drivers: Drivers, redis_url: str, redis_prefix: str
         url = redis.get("redis_url", redis_url)
         path = tmp_path / f"rig{len(made)}"
         path.mkdir()
-        made.append(Rig(path, drivers, url, f"{redis_prefix}{len(made)}:", seed))
+        made.append(Rig(path, drivers, url, f"{redis_prefix}{len(made)}:", seed, truth))
         return made[-1]
 
     yield make

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from sync_engine import Ack, ContentType, SubmitOptions, SyncEngine, SyncEngineConfig, SyncItem
-from sync_engine.errors import Backpressure, ConfigError, NotRunning, SyncEngineError
+from sync_engine.errors import Backpressure, ConfigError, NotRunning, SyncEngineError, TierUnavailable
 from sync_engine.testing.ackjournal import AckWriter
 
 STORED, LEFT_IN_LOG, LOST, REFUSED, LIED, HUNG = 0, 3, 4, 5, 9, 10
@@ -202,6 +202,43 @@ class _Worker:
             raise Lied(f"{found!r} for {wanted!r}")
 
 
+async def contend(
+    engine: SyncEngine,
+    writer: AckWriter,
+    who: int,
+    ids: int,
+    rounds: int | None = None,
+    seed: int = 1,
+    stored: bool = True,
+) -> int:
+    """Put the same ids as others do, several at once, in any order, until the engine stops; how many were acked."""
+    rng = random.Random(f"{seed} {who}")
+    names = [f"c.{n:02}" for n in range(ids)]
+    n = acked = 0
+    try:
+        while rounds is None or n < rounds:
+            n += 1
+            chosen = rng.sample(names, rng.randint(1, ids))
+            content = f"{who} {n}"
+            writer.write_many({"e": "trying", "id": each, "content": content} for each in chosen)
+            ack = rng.choices((Ack.LOGGED, Ack.STORED), (5, stored))[0]
+            options = SubmitOptions(redis=rng.random() < 0.9)
+            try:
+                receipts = await engine.submit_many(
+                    [SyncItem(each, content.encode(), version=n, updated_at=n) for each in chosen], options, ack=ack
+                )
+            except (TierUnavailable, Backpressure):
+                continue  # of unknown outcome, or not accepted
+            acked += len(receipts)
+            writer.write_many(
+                {"e": "won", "id": each.object_id, "stamp": each.stamp, "content": content} for each in receipts
+            )
+            await asyncio.sleep(0)
+    except NotRunning:
+        pass
+    return acked
+
+
 async def flood(
     engine: SyncEngine, writer: AckWriter, count: int, bytes_each: int, tasks: int, cached: bool = False
 ) -> int:
@@ -261,8 +298,12 @@ async def live(task: dict[str, Any], writer: AckWriter) -> int:
     writer.write({"e": "up", "recovered": engine.stats().recovered})
     if task.get("fork"):
         _fork(task, writer)
-    flooding = task.get("flood")
-    doing = flood(engine, writer, **flooding) if flooding else work(engine, writer, **task["work"])
+    if flooding := task.get("flood"):
+        doing = flood(engine, writer, **flooding)
+    elif contending := task.get("contend"):
+        doing = contend(engine, writer, **contending)
+    else:
+        doing = work(engine, writer, **task["work"])
     working = loop.create_task(doing)
     waiting = loop.create_task(stopping.wait())
     await asyncio.wait({working, waiting}, return_when=asyncio.FIRST_COMPLETED)

@@ -9,7 +9,8 @@ import signal
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import time
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,9 +20,9 @@ from sync_engine import SyncEngine, SyncEngineConfig, SyncItem
 from sync_engine.storage.redis import RedisStore
 from sync_engine.storage.sql import SqlStore
 from sync_engine.testing.ackjournal import AckJournal
-from sync_engine.testing.servers import RedisKind
 
 from .driver import STATES, State, after, expected, move, told, work
+from .truths import ServerTruth, Truth
 
 __all__ = [
     "NO_L1",
@@ -32,7 +33,7 @@ __all__ = [
     "MakeRig",
     "Rig",
     "locked",
-    "thorough",
+    "timed_ms",
     "until",
     "until_well",
     "write_locked",
@@ -46,11 +47,6 @@ QUICK = {"redis_response_timeout_ms": 200, "redis_timeout_ms": 500}
 """Far below the defaults, so that a silent server does not make the test long; nothing here measures time."""
 NO_L1 = {"l1_max_bytes": 0}
 """Every read then asks the tiers."""
-
-
-def thorough(kind: RedisKind) -> bool:
-    """Whether this kind of server gets the long variant of a scenario."""
-    return kind.name == "redis-8-modules"
 
 
 @dataclass(slots=True)
@@ -70,11 +66,15 @@ class Figures:
     tiers_differ: int = 0
     lies: int = 0
     wrong: list[str] = field(default_factory=list)
+    truth: str = "SQLite"
 
-    def tell(self, scenario: str) -> None:
-        """One line for the record, shown by `pytest -s` and on failure; then fail if anything was wrong."""
-        line = " ".join(f"{name}={value}" for name, value in asdict(self).items() if name != "wrong")
-        print(f"\nFIGURES {scenario}: {line}")
+    def tell(self, scenario: str, besides: str = "") -> None:
+        """One line for the record, shown by `pytest -s` and on failure; then fail if anything was wrong.
+
+        ``besides`` is a figure of this scenario alone: printed, never asserted where it is a time.
+        """
+        line = " ".join(f"{name}={value}" for name, value in asdict(self).items() if isinstance(value, int))
+        print(f"\nFIGURES {scenario}, {self.truth}: {line}{besides and f' | {besides}'}")
         assert not self.wrong, "\n".join(self.wrong[:10])
 
 
@@ -183,15 +183,26 @@ class Drivers:
 class Rig:
     """One scenario: a data folder, a Redis prefix, a journal, an account of what was promised."""
 
-    def __init__(self, path: Path, drivers: Drivers, redis_url: str | None, prefix: str, seed: int = 1) -> None:
+    def __init__(
+        self,
+        path: Path,
+        drivers: Drivers,
+        redis_url: str | None,
+        prefix: str,
+        seed: int,
+        truth: Truth,
+    ) -> None:
         self.path = path
+        self.truth = truth
         self.drivers = drivers
         self.redis_url = redis_url
         self.prefix = prefix
         self.seed = seed
         # What is killed leaves its reserve behind.
         self.settings: dict[str, Any] = {"batch_flush_ms": 5, "wal_reserve_bytes": 65_536}
-        self.figures = Figures()
+        if isinstance(truth, ServerTruth):
+            self.settings["sql_url"] = truth.url
+        self.figures = Figures(truth=truth.name)
         self.ledger = Ledger(seed)
         self.journal = AckJournal.start(path / "acks")
         self._read = 0
@@ -203,6 +214,11 @@ class Rig:
     def data_dir(self) -> Path:
         """Where the engines under test live."""
         return self.path / f"data{self._renewals}"
+
+    @property
+    def sql_url(self) -> str:
+        """The database, straight."""
+        return self.truth.url if isinstance(self.truth, ServerTruth) else f"sqlite:///{self.data_dir / 'truth.db'}"
 
     def renew(self) -> None:
         """Go on in an empty folder and under a new prefix, with nothing promised. Everything must have been checked."""
@@ -375,6 +391,13 @@ def write_locked(path: Path) -> Iterator[sqlite3.Connection]:
             other.execute("ROLLBACK")
     finally:
         other.close()
+
+
+async def timed_ms(doing: Awaitable[object]) -> float:
+    """How long it took: for the report, never to be asserted."""
+    begun_s = time.monotonic()
+    await doing
+    return (time.monotonic() - begun_s) * 1000
 
 
 async def until_well(engine: SyncEngine) -> None:

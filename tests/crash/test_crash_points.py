@@ -14,6 +14,7 @@ import pytest
 
 from .driver import STORED
 from .rig import MakeRig, Rig
+from .truths import SERVERS, Truth
 
 POINTS_MAX = 400
 """A run that is still killed here is not getting shorter: something loops."""
@@ -44,6 +45,10 @@ CALLS = [
     pytest.param("fdatasync,fsync", sql_files, id="syncs of SQLite"),
     pytest.param("sendto,sendmsg", anything, id="sends"),
 ]
+CASES = [
+    *(pytest.param("sqlite", *call.values, id=call.id) for call in CALLS),
+    *(pytest.param(name, *CALLS[-1].values, id=f"sends-{name}", marks=pytest.mark.long) for name in SERVERS),
+]
 
 
 async def killed_at(rig: Rig, calls: str, files: Where, number: int) -> bool:
@@ -62,9 +67,10 @@ async def killed_at(rig: Rig, calls: str, files: Where, number: int) -> bool:
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")
-@pytest.mark.parametrize(("calls", "files"), CALLS)
+@pytest.mark.parametrize(("truth", "calls", "files"), CASES, indirect=["truth"])
+@pytest.mark.timeout(600)
 async def test_I3_a_kill_at_every_call_of_a_run_and_of_its_recovery_loses_nothing(
-    make_rig: MakeRig, calls: str, files: Where, request: pytest.FixtureRequest
+    make_rig: MakeRig, truth: Truth, calls: str, files: Where, request: pytest.FixtureRequest
 ) -> None:
     rig = make_rig()
     rig.settings["wal_segment_bytes"] = 4096  # a new segment every few records, so that they are begun and deleted too
@@ -77,9 +83,9 @@ async def test_I3_a_kill_at_every_call_of_a_run_and_of_its_recovery_loses_nothin
         if not first and not second:
             break
         await rig.check()
-        rig.renew()
+        await truth.renewed(rig)
     else:
         pytest.fail(f"more than {POINTS_MAX} {calls}")
     await rig.check()
-    rig.figures.tell(f"14 killed at each of the {request.node.callspec.id}")
+    rig.figures.tell(f"14 killed at each of the {request.node.callspec.id.partition('-')[0]}")
     assert rig.figures.faults > 0

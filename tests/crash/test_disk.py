@@ -160,7 +160,8 @@ async def test_I3_a_byte_that_flipped_in_the_log_is_reported_and_costs_its_own_r
         assert all(found[item.object_id] == item for item in items if item.object_id in found)
         assert await _of_sql(rig, sorted(acked)) == found
         rig.figures.faults, rig.figures.acked = 1, len(acked)
-        rig.figures.tell(f"13 a byte flipped at {place:.0%} of the log, 1 damaged record of {len(items)} reported")
+        damage = f"1 damaged record of {len(items)} reported"
+        rig.figures.tell(f"13 a byte flipped at {place:.0%} of the log", damage)
 
 
 async def test_an_item_kept_out_of_redis_stays_out_when_it_is_read_after_a_recovery(make_rig: MakeRig) -> None:
@@ -245,9 +246,8 @@ async def test_I10_a_flood_against_a_locked_truth_stays_within_the_memory_bound_
     assert [item.content for item in items.values()] == [flood_content(n, size) for n in range(0, count, 50)]
     rig.figures.faults, rig.figures.acked = 1, told["acked"]
     grown = (down["peak"] - told["before"]) / MIB
-    rig.figures.tell(
-        f"18 a flood of {count * size // MIB} MiB, bound {bound // MIB} MiB, memory grew by {grown:.0f} MiB"
-    )
+    flood = f"18 a flood of {count * size // MIB} MiB while SQL is locked, bound {bound // MIB} MiB"
+    rig.figures.tell(flood, f"memory grew by {grown:.0f} MiB")
 
 
 async def test_I10_a_flood_of_items_that_no_log_holds_is_refused_at_the_bound(

@@ -11,7 +11,6 @@ import os
 import random
 import re
 import signal
-import sqlite3
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -31,7 +30,8 @@ from sync_engine.testing.proxy import CuttingProxy
 from sync_engine.testing.servers import KINDS, RedisKind, RunningRedis
 
 from .driver import STORED, flood_content, told
-from .rig import NO_L1, QUICK, MakeRig, Rig, thorough, until, until_well
+from .rig import NO_L1, QUICK, MakeRig, Rig, until, until_well
+from .truths import NAMES, Truth, thorough
 from .whole import look
 
 KIB = 1024
@@ -231,9 +231,8 @@ async def test_I4_what_redis_evicts_is_read_from_sql_and_a_lost_piece_of_the_str
             assert follower.copies == {item.object_id: item.content for item in await engine.scan_prefix("", 10_000)}
         rig.figures.faults += len(missing)
     await store.close()
-    rig.figures.tell(
-        f"4 Redis evicts, {len(follower.gaps)} of {len(missing)} gaps of the change stream told, {server.kind}"
-    )
+    told = f"{len(follower.gaps)} of {len(missing)} gaps of the change stream told"
+    rig.figures.tell(f"4 Redis evicts, {server.kind}", told)
 
 
 # 18: too much
@@ -260,8 +259,8 @@ async def test_I10_the_memory_of_a_process_that_floods_a_slow_redis_is_bounded(
     assert grown < 112 * MIB, f"{flooded} {down}"
     await _arrived(server, rig, count, size)
     rig.figures.faults, rig.figures.acked = 1, count
-    flood = f"a flood of {count * size // MIB} MiB while Redis is slow"
-    rig.figures.tell(f"18 {flood}, bound 1 MiB, memory grew by {grown // MIB} MiB, {server.kind}")
+    flood = f"18 a flood of {count * size // MIB} MiB while Redis is slow, bound 1 MiB, {server.kind}"
+    rig.figures.tell(flood, f"memory grew by {grown // MIB} MiB")
 
 
 async def test_I10_what_waits_for_a_slow_redis_is_bounded_and_arrives(make_rig: MakeRig, server: RunningRedis) -> None:
@@ -283,8 +282,8 @@ async def test_I10_what_waits_for_a_slow_redis_is_bounded_and_arrives(make_rig: 
     assert MIB / 2 < most <= MIB + 2 * 4 * batch + size, "the bound, and a batch for each tier"
     await _arrived(server, rig, count, size)
     rig.figures.faults, rig.figures.acked = 2, count
-    flood = f"{count * size // MIB} MiB while Redis stands still, then is slow"
-    rig.figures.tell(f"18 {flood}, bound 1 MiB, {most / MIB:.1f} MiB held at most, {server.kind}")
+    flood = f"18 {count * size // MIB} MiB while Redis stands still, then is slow, bound 1 MiB, {server.kind}"
+    rig.figures.tell(flood, f"{most / MIB:.1f} MiB held at most")
 
 
 @pytest.mark.slow
@@ -376,7 +375,8 @@ async def test_I5_a_damaged_copy_in_redis_is_never_served_and_is_mended_from_sql
         assert engine.stats().quarantined == 0
     await store.close()
     kept = "text" if binary_format == "json" else "compact"
-    rig.figures.tell(f"19 copies damaged ({kept}), {len(damaged)} of {len(damages)} noticed and mended, {server_kind}")
+    noticed = f"{len(damaged)} of {len(damages)} noticed and mended"
+    rig.figures.tell(f"19 copies damaged ({kept}), {server_kind}", noticed)
 
 
 Command = tuple[Any, ...]
@@ -441,26 +441,26 @@ async def _values(store: RedisStore, names: Iterable[str]) -> dict[str, bytes]:
 BREAKER = BreakerPolicy()
 
 
-def taken(rig: Rig) -> sqlite3.Connection:
-    """Somebody else has the truth to himself: nobody can even read it."""
-    other = sqlite3.connect(rig.data_dir / "truth.db", isolation_level=None)
-    other.execute("PRAGMA locking_mode = EXCLUSIVE")
-    other.execute("BEGIN IMMEDIATE")
-    return other
-
-
+ORDERS = (("redis",), ("sql",), ("redis", "sql"), ("sql", "redis"))
 STARTS = [
-    pytest.param(kind, order, id=f"{kind}-{' then '.join(order)}")
+    pytest.param(
+        kind,
+        name,
+        order,
+        id=f"{kind}-{name}-{' then '.join(order)}",
+        marks=[] if name == "sqlite" or order == ("redis", "sql") else pytest.mark.long,
+    )
     for kind in KINDS.values()
-    for order in (("redis",), ("sql",), ("redis", "sql"), ("sql", "redis"))
-    if thorough(kind) or order == ("redis", "sql")
+    for name in NAMES
+    for order in ORDERS
+    if (kind.name == "redis-8-modules" or name == "sqlite") and (thorough(kind) or order == ("redis", "sql"))
 ]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("server_kind", "order"), STARTS)
+@pytest.mark.parametrize(("server_kind", "truth", "order"), STARTS, indirect=["truth"])
 async def test_I3_an_engine_that_starts_without_a_server_takes_writes_and_heals_in_any_order(
-    make_rig: MakeRig, server: RunningRedis, order: tuple[str, ...]
+    make_rig: MakeRig, server: RunningRedis, truth: Truth, order: tuple[str, ...]
 ) -> None:
     async with CuttingProxy(server.url) as proxy:
         rig = make_rig(redis_url=proxy.url_for(server.url))
@@ -474,8 +474,9 @@ async def test_I3_an_engine_that_starts_without_a_server_takes_writes_and_heals_
         rig.figures.faults = len(order)
         if "redis" in order:
             await server.kill()  # the proxy goes on to listen, and counts who comes
-        truth = taken(rig) if "sql" in order else None
-        before, begun_s = proxy.connections, time.monotonic()
+        if "sql" in order:
+            await truth.vanish(rig)
+        before, begun_s, told = proxy.connections, time.monotonic(), ""
         async with SyncEngine(rig.config()) as engine:
             for n in range(40):
                 await engine.submit(SyncItem(f"s.{n}", b"%d" % n))
@@ -487,7 +488,7 @@ async def test_I3_an_engine_that_starts_without_a_server_takes_writes_and_heals_
                     try:
                         item = await engine.get(name)
                     except TierUnavailable:
-                        assert name == "nobody" or truth is not None
+                        assert name == "nobody" or "sql" in order
                     else:
                         assert item == stored
                 await asyncio.sleep(0.01)
@@ -497,6 +498,7 @@ async def test_I3_an_engine_that_starts_without_a_server_takes_writes_and_heals_
             assert not health.ok
             if "redis" in order:
                 tries, lasted_s = proxy.connections - before, time.monotonic() - begun_s
+                told = f"{tries / lasted_s:.1f} connections to Redis a second"
                 # At the start, and then those that a breaker lets through, however many ask.
                 assert tries <= 1 + BREAKER.failures_max + lasted_s / BREAKER.rest_s
             working = asyncio.create_task(rig.work(engine))  # some of it waits for STORED
@@ -504,8 +506,7 @@ async def test_I3_an_engine_that_starts_without_a_server_takes_writes_and_heals_
                 if tier == "redis":
                     await server.start()
                 else:
-                    assert truth is not None
-                    truth.close()
+                    await truth.come_back()
                 await asyncio.sleep(0.1)
             await working
             await engine.flush()
@@ -514,7 +515,7 @@ async def test_I3_an_engine_that_starts_without_a_server_takes_writes_and_heals_
             assert len(await engine.get_many([f"s.{n}" for n in range(40)])) == 40
             assert await engine.get("stored") == stored
             assert await engine.get("nobody") is None
-    rig.figures.tell(f"24 start without {' and '.join(order)}, back in this order, {server.kind}")
+    rig.figures.tell(f"24 start without {' and '.join(order)}, back in this order, {server.kind}", told)
 
 
 @pytest.mark.slow
@@ -540,7 +541,7 @@ async def test_I3_a_flapping_redis_costs_a_bounded_number_of_connections_and_not
             await engine.flush()
             await until_well(engine)
             await rig.read_back(engine)
-    rig.figures.tell(f"24 Redis flaps, {server.kind}")
+    rig.figures.tell(f"24 Redis flaps, {server.kind}", f"{opened / times:.1f} connections each time")
     # Each time a pool at most, and what fails of it as often as a breaker allows.
     assert opened <= times * (CONNECTIONS_MAX + BREAKER.failures_max)
 

@@ -7,17 +7,19 @@ import os
 import random
 import sys
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sync_engine.errors import TierUnavailable
 from sync_engine.item import Op, SyncItem
 from sync_engine.storage.sql import SqlStore, apply, mysql_words, tables
 from sync_engine.storage.sql.apply import bucket_of
 from sync_engine.storage.sql.connect import database_of
-from sync_engine.storage.sql.dialect import BUCKETS
+from sync_engine.storage.sql.dialect import BUCKETS, Session
 from sync_engine.storage.sql.rows import row_of
 from sync_engine.storage.sql.words import Said
 from sync_engine.testing.databases import RunningMariaDB, ask
@@ -115,6 +117,39 @@ async def test_tombstones_are_pruned_while_others_bury(stores: list[SqlStore], s
     assert {id_: stamp for id_, stamp in buried.items() if stamp > 5} == {
         f"a{n:03}": 15 for n in range(300) if n % 7 < 4
     }
+
+
+@pytest.mark.parametrize("sql_url", ["mariadb", "postgresql"], indirect=True)
+async def test_a_process_that_stands_still_in_a_transaction_keeps_the_others_out_for_seconds_only(
+    sql_url: str,
+) -> None:
+    """On MariaDB it kept them out for as long as it stood still: a SIGSTOP of one engine stopped the flushes of all."""
+    zombie, other = [await SqlStore.connect(sql_url, timeout_ms=100) for _ in range(2)]
+    stopped, goes_on = asyncio.Event(), asyncio.Event()
+
+    async def stand_still(session: Session) -> None:
+        await session.lock([bucket_of("a")])
+        stopped.set()
+        await goes_on.wait()
+        await session.run(zombie._words.note_most("newest_stamp", 9))
+
+    standing = asyncio.create_task(zombie._writer.transaction(stand_still))
+    await stopped.wait()
+    with pytest.raises(TierUnavailable, match="lock"):
+        await other.apply([put("a", 5, b"x")])
+    async with asyncio.timeout(60):
+        while True:
+            with suppress(TierUnavailable):
+                await other.apply([put("a", 5, b"x")])
+                break
+    goes_on.set()
+    with pytest.raises(TierUnavailable):
+        await standing
+    await zombie.apply([put("a", 3, b"older")])
+    assert (await other.get_many(["a"]))["a"].content == b"x"
+    assert await other.newest_stamp() == 5
+    for store in (zombie, other):
+        await store.close()
 
 
 def test_buckets_are_part_of_the_format() -> None:

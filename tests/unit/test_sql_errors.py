@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sqlite3
+
 import asyncmy
 import asyncpg
 import pytest
 
 from sync_engine.errors import StoreError, TierUnavailable
-from sync_engine.storage.sql import mysql, postgresql
+from sync_engine.storage.sql import mysql, postgresql, sqlite
 from sync_engine.storage.sql.dialect import Outrun, RowRefused
 
 
@@ -43,6 +45,25 @@ def test_what_a_code_of_postgresql_means(code: str, kind: type[Exception]) -> No
     meant = postgresql._meaning(asyncpg, error)
     assert type(meant) is kind
     assert code in str(meant)
+
+
+@pytest.mark.parametrize(
+    ("statement", "kind"),
+    [
+        ("SELECT absent FROM held", TierUnavailable),
+        ("INSERT INTO held (absent) VALUES (1)", TierUnavailable),
+        ("SELECT 1 FROM elsewhere", TierUnavailable),
+        ("INSERT INTO held (id) VALUES (NULL)", RowRefused),
+        ("SELEKT 1", StoreError),
+    ],
+)
+def test_what_an_error_of_sqlite_means(statement: str, kind: type[Exception]) -> None:
+    connection = sqlite3.connect(":memory:")
+    connection.execute("CREATE TABLE held (id TEXT NOT NULL)")
+    with pytest.raises(sqlite3.Error) as error:
+        connection.execute(statement)
+    connection.close()
+    assert type(sqlite.meaning(error.value)) is kind
 
 
 def test_what_is_no_error_of_a_driver_stays_what_it_is() -> None:

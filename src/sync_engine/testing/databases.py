@@ -50,16 +50,25 @@ class RunningDatabase(ABC):
 
     ``durable`` makes it sync what it commits; without, a server that is killed still keeps everything, the machine
     must not lose power. ``settings`` are more of its own options, ``tls`` is what it shows to who asks for TLS.
+    ``within`` is where its folder is made: a short path, since there will be a socket in it.
     """
 
     scheme: str
     what: str
 
-    def __init__(self, *, durable: bool = False, settings: Sequence[str] = (), tls: TlsFiles | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        durable: bool = False,
+        settings: Sequence[str] = (),
+        tls: TlsFiles | None = None,
+        within: Path = Path("/tmp"),  # noqa: S108 - mkdtemp makes a folder of our own there
+    ) -> None:
         self.port = 0
         self._durable = durable
         self._settings = tuple(settings)
         self._tls = tls
+        self._within = within
         self._home: Path | None = None
         self._child: Child | None = None
         self._clean_up: weakref.finalize[..., RunningDatabase] | None = None
@@ -78,7 +87,7 @@ class RunningDatabase(ABC):
             if begun_anew:
                 self.port = _free_port()
             if self._home is None:
-                self._home = Path(tempfile.mkdtemp(prefix="sync-sql-", dir="/tmp"))  # a socket path has to be short
+                self._home = Path(tempfile.mkdtemp(prefix="sync-sql-", dir=self._within))
                 await asyncio.to_thread(self._prepare, self._home)
             trouble = await self._attempt(self._home)
             if not trouble:
@@ -111,6 +120,11 @@ class RunningDatabase(ABC):
         if self._child is not None:
             self._child.send(signal.SIGKILL)
             await self._child.gone(ENDED_WITHIN_S)
+
+    def strike(self) -> None:
+        """SIGKILL for every process of it, now, for a callback in the middle of things; ``kill`` waits for the end."""
+        if self.running:
+            self._signal(signal.SIGKILL)
 
     async def pause(self) -> None:
         """SIGSTOP for every process of it: connections stay, nobody answers."""
@@ -254,12 +268,14 @@ class RunningMariaDB(RunningDatabase):
         raise ConfigError("no MariaDB: run: apt-get install mariadb-server-core mariadb-client-core")
 
     def _prepare(self, home: Path) -> None:
+        # Not /tmp: a server that starts removes the temporary tables of every other one that it finds there.
+        (home / "tmp").mkdir()
         _run(
             [
                 "mariadb-install-db",
                 "--no-defaults",
                 f"--datadir={home / 'data'}",
-                f"--tmpdir={home}",
+                f"--tmpdir={home / 'tmp'}",
                 "--skip-test-db",
                 *self._user(),
             ],
@@ -278,7 +294,7 @@ class RunningMariaDB(RunningDatabase):
             *self._user(),
             f"--datadir={home / 'data'}",
             # One that starts removes temporary tables it finds there, those of another one that is starting too.
-            f"--tmpdir={home}",
+            f"--tmpdir={home / 'tmp'}",
             f"--socket={home / 'socket'}",
             f"--pid-file={home / 'pid'}",
             f"--init-file={home / 'init.sql'}",

@@ -14,8 +14,8 @@ import struct
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Literal
-from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
+from typing import Final, Literal
+from urllib.parse import parse_qsl, unquote, urlencode, urlsplit, urlunsplit
 
 __all__ = ["CuttingProxy"]
 
@@ -23,16 +23,19 @@ CHUNK_BYTES = 64 * 1024
 RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 """SO_LINGER with no time to linger: close() then sends RST, as a crashed peer's kernel does."""
 
+SQL_PORTS: Final = {"mysql": 3306, "mariadb": 3306, "postgresql": 5432}
+PORTS: Final = {"redis": 6379, **SQL_PORTS}
+
 Upstream = str | tuple[str, int]
 
 
 class CuttingProxy:
     """``async with CuttingProxy(url) as proxy: client(proxy.url_for(url))``.
 
-    ``upstream`` is a Redis URL (``redis://`` or ``unix://``, its credentials unused), ``unix:/path`` or
-    ``(host, port)``. Listens on a free port of 127.0.0.1, which stays reserved while it refuses. All methods that
-    set a fault return at once and belong to the loop's thread. Counters: ``connections`` accepted, ``cuts`` made,
-    ``bytes_up`` and ``bytes_down`` forwarded.
+    ``upstream`` is the URL of a Redis (``redis://`` or ``unix://``) or of a database (``mysql://``,
+    ``postgresql://``), its credentials unused, or ``unix:/path``, or ``(host, port)``. Listens on a free port of
+    127.0.0.1, which stays reserved while it refuses. All methods that set a fault return at once and belong to the
+    loop's thread. Counters: ``connections`` accepted, ``cuts`` made, ``bytes_up`` and ``bytes_down`` forwarded.
     """
 
     def __init__(self, upstream: Upstream) -> None:
@@ -99,11 +102,13 @@ class CuttingProxy:
     def url_for(self, original_url: str) -> str:
         """``original_url`` with this proxy's address in place of the server's; credentials, database, options kept."""
         parts = urlsplit(original_url)
-        if parts.scheme not in ("redis", "unix"):
-            raise ValueError("only redis:// and unix:// go through a proxy; TLS would notice it")
+        if parts.scheme not in ("redis", "unix", *SQL_PORTS):
+            raise ValueError("redis://, unix:// and databases go through a proxy; TLS would notice it")
+        credentials = "".join(parts.netloc.rpartition("@")[:2])
+        if parts.scheme in SQL_PORTS:
+            return urlunsplit(parts._replace(netloc=f"{credentials}127.0.0.1:{self._port}"))
         options = parse_qsl(parts.query, keep_blank_values=True)
         database = parts.path.strip("/") if parts.scheme == "redis" else ""
-        credentials = "".join(parts.netloc.rpartition("@")[:2])
         query = f"?{urlencode(options)}" if options else ""
         return f"redis://{credentials}127.0.0.1:{self._port}{f'/{database}' if database else ''}{query}"
 
@@ -267,6 +272,6 @@ def _address(upstream: Upstream) -> Upstream:
     parts = urlsplit(upstream)
     if parts.scheme == "unix":
         return unquote(parts.path)
-    if parts.scheme == "redis" and parts.hostname:
-        return parts.hostname, parts.port or 6379
-    raise ValueError("upstream: expected redis://host:port, unix:/path or (host, port)")
+    if parts.hostname and (usual := PORTS.get(parts.scheme)):
+        return parts.hostname, parts.port or usual
+    raise ValueError("upstream: expected redis://host:port, the URL of a database, unix:/path or (host, port)")

@@ -7,6 +7,7 @@ to the driver's connection directly; SQLAlchemy makes the connections, and the t
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import os
 import sqlite3
@@ -194,7 +195,7 @@ class SqliteSession:
 def make_file(path: Path) -> None:
     """Make the folder (mode 0700) and the file (0600) where they are missing; what exists keeps its mode.
 
-    Raises ``StoreError`` naming the path and what stands in the way.
+    Raises ``StoreError`` naming the path and what stands in the way, ``TierUnavailable`` where that may pass.
     """
     try:
         missing = [folder for folder in path.parents if not folder.exists()]
@@ -205,7 +206,8 @@ def make_file(path: Path) -> None:
         with path.open("rb") as file:
             head = file.read(16)
     except OSError as error:
-        raise StoreError("l3", f"cannot open {path}: {error.strerror or error}") from error
+        told = f"cannot open {path}: {error.strerror or error}"
+        raise TierUnavailable("l3", told) if error.errno in _PASSING_OF_DISKS else StoreError("l3", told) from error
     if head and head != b"SQLite format 3\0":
         raise StoreError("l3", f"{path} is not an SQLite database")
 
@@ -262,8 +264,14 @@ _PASSING: Final = {
     # Not the items' fault either: were these refusals, the whole log would end in the quarantine, one by one.
     sqlite3.SQLITE_CORRUPT: "the file is damaged",
     sqlite3.SQLITE_NOTADB: "the file is not a database any more",
+    sqlite3.SQLITE_SCHEMA: "a table was changed meanwhile",
 }
 """Troubles of the moment or of the machine: nothing is known of the items, and asking later can help."""
+
+_PASSING_OF_DISKS: Final = frozenset({errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EMFILE, errno.ENFILE})
+
+_MISSING: Final = ("no such table", "no such column", "has no column named")
+"""Somebody changed the tables, as the other databases say with a code of its own."""
 
 
 _NO_ROOM: Final = frozenset({sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_SHMSIZE})
@@ -280,6 +288,8 @@ def meaning(error: BaseException) -> SyncEngineError:
     if isinstance(code, int) and code & 0xFF in _PASSING:
         kind = DiskFull if code in _NO_ROOM else TierUnavailable
         return kind("l3", f"{_PASSING[code & 0xFF]} ({getattr(error, 'sqlite_errorname', code)})")
+    if code == sqlite3.SQLITE_ERROR and any(missing in str(error) for missing in _MISSING):
+        return TierUnavailable("l3", str(error))
     if isinstance(error, UnicodeError):
         return RowRefused("l3", "a text is not valid Unicode")
     if isinstance(error, ValueError) and str(error) in ("Connection closed", "no active connection"):
