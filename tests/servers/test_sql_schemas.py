@@ -17,14 +17,15 @@ import pytest
 from sync_engine.clock import SystemClock
 from sync_engine.errors import InvalidItem, StoreError, TierUnavailable
 from sync_engine.item import Op, SyncItem
-from sync_engine.storage.sql import SqlStore
+from sync_engine.storage.sql import SqlStore, apply
 from sync_engine.storage.sql.words import Said
 from sync_engine.testing.databases import ask
 
 
 @pytest.fixture
-async def stores(sql_url: str) -> AsyncIterator[list[SqlStore]]:
-    stores = [await SqlStore.connect(sql_url, timeout_ms=60_000) for _ in range(3)]
+async def stores(sql_url: str, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[list[SqlStore]]:
+    monkeypatch.setattr(apply, "SHARE_MIN", 5)  # so that the small batches of these tests are shared out too
+    stores = [await SqlStore.connect(sql_url, timeout_ms=60_000, write_concurrency=count) for count in (1, 3, 2)]
     yield stores
     for store in stores:
         await store.close()
@@ -245,7 +246,7 @@ async def test_Q17_what_asks_several_tables_goes_through_an_index_of_each(store:
     ]
     for table in words.tables:
         await ask(sql_url, f"ANALYZE {'TABLE ' * sql_url.startswith('mysql')}{table}")
-    session = await store._writer.session()
+    session = await store._writers[0].session()
     for said in asked:
         if sql_url.startswith("sqlite"):
             steps = [row[3] for row in await session.rows(Said("EXPLAIN QUERY PLAN " + said.text, said.values))]
@@ -351,9 +352,9 @@ async def test_a_page_that_was_read_by_older_routes_is_not_moved(stores: list[Sq
     known = first._router.routes
     await second.register_schema("two", ["a"])
     await first.apply([put("a1", 1)])
-    mover = first._schemas._mover(first._writer)
+    mover = first._schemas._mover(first._writers[0])
     turn = partial(mover._move, known.version, ["a1"], "two_items", "one_items")
-    assert await first._writer.transaction(turn) is None
+    assert await first._writers[0].transaction(turn) is None
     assert (await ids_in(sql_url, "one"), await ids_in(sql_url, "two")) == ([], ["a1"])
 
 
