@@ -2,7 +2,7 @@
 
 The retry policy is a value, the circuit breaker a frozen state with pure transitions; ``Guarded`` puts
 one breaker and a deadline around any tier, behind the same port. Only ``TierUnavailable`` counts as a
-failure: a tier that answers "no" is well.
+failure: a tier that answers "no" is well, and one whose disk is full answers, reads above all.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, Literal, ParamSpec, TypeVar, cast
 
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_after_attempt, stop_never
 
-from sync_engine.errors import TierUnavailable
+from sync_engine.errors import DiskFull, TierUnavailable
 from sync_engine.item import Op, SyncItem
 from sync_engine.ports import Applied, Cache, CacheFacts, Changes, Clock, Fetched, Mark, Tier, Truth
 
@@ -371,7 +371,7 @@ class Guarded(Forwarding):
             return
         if call.cancelled():
             self.breaker.abandoned(turn)
-        elif isinstance(failure, TierUnavailable):
+        elif isinstance(failure, TierUnavailable) and not isinstance(failure, DiskFull):
             self.breaker.failed(turn, failure.reason)
         else:
             self.breaker.succeeded(turn)

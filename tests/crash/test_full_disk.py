@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 import signal
 import sqlite3
 import subprocess
@@ -113,7 +114,7 @@ async def _of_sql(path: Path, ids: list[str]) -> dict[str, SyncItem]:
 
 def config(data_dir: Path, sql: Path, **settings: object) -> SyncEngineConfig:
     quick = {"sql_timeout_ms": 50, "batch_flush_ms": 5, "wal_segment_bytes": 256 * 1024, "l1_max_bytes": 0}
-    return SyncEngineConfig(data_dir=data_dir, sql_url=f"sqlite:///{sql}", **quick, **settings)  # type: ignore[arg-type]  # settings of all types
+    return SyncEngineConfig(data_dir=data_dir, sql_url=f"sqlite:///{sql}", **quick | settings)  # type: ignore[arg-type]  # settings of all types
 
 
 async def test_with_sql_on_another_disk_the_log_drains_off_a_full_one_without_any_reserve(
@@ -225,6 +226,35 @@ async def test_SQLite_gives_back_what_its_own_log_takes_when_the_disk_is_full(di
     found = await store.get_many([op.object_id for op in ops])
     assert {item.stamp for item in found.values()} == {99}
     await store.close()
+
+
+@pytest.mark.slow
+async def test_a_batch_that_takes_more_room_than_the_reserve_goes_in_parts(disk: Path) -> None:
+    # Rows spread over all that is stored: each has pages of its own, and a batch of 4,000 fills 20 MB of SQLite's log.
+    _run("mount", "-o", "remount,size=24m", str(disk))
+    sql = disk / "data" / "truth.db"
+    ids = [f"k.{n:05}" for n in range(8_000)]
+    rng = random.Random(1)
+    async with SyncEngine(config(disk / "data", sql, wal_reserve_bytes=0)) as engine:
+        await engine.submit_many([SyncItem(object_id, b"0" * 900) for object_id in ids])
+        await engine.flush()
+    settings = {"wal_reserve_bytes": 4 * MIB, "wal_segment_bytes": MIB}
+    async with SyncEngine(config(disk / "data", sql, **settings)) as engine:
+        await engine.flush()
+        acked: dict[str, SyncItem] = {}
+        with write_locked(sql):
+            for n in range(1_000):
+                items = [SyncItem(object_id, b"%06d" % n * 150) for object_id in rng.sample(ids, 100)]
+                try:
+                    await engine.submit_many(items)
+                except DiskFull:
+                    break
+                acked |= {item.object_id: item for item in items}
+        assert len(acked) > 4_000
+        with filled(disk):
+            await engine.flush(timeout=60)
+        assert await _of_sql(sql, sorted(acked)) == acked
+        await engine.submit(SyncItem("again", b"1"))
 
 
 def _put(n: int, stamp: int) -> Op:

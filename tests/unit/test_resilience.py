@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sync_engine.errors import StoreError, TierUnavailable
+from sync_engine.errors import DiskFull, StoreError, TierUnavailable
+from sync_engine.item import Op
+from sync_engine.ports import Applied
 from sync_engine.resilience import (
     Breaker,
     BreakerPolicy,
@@ -253,6 +256,22 @@ async def test_a_tier_that_refuses_is_well() -> None:
         assert set((await tier.apply([put("a"), put("b")])).refused) == {"a"}
     with pytest.raises(AssertionError, match="was asked"):
         await guarded(Deaf(MemoryTier()), clock).fetch(["a"])
+    assert tier.breaker.phase == "closed"
+
+
+class Full(MemoryTier):
+    """Has no room for a write, and answers every read."""
+
+    async def apply(self, ops: Sequence[Op], /) -> Applied:
+        raise DiskFull(self.name, "the disk is full")
+
+
+async def test_a_full_disk_opens_no_circuit_for_reads_need_no_room() -> None:
+    tier = guarded(Full("l3"), VirtualClock())
+    for _ in range(10):
+        with pytest.raises(DiskFull):
+            await tier.apply([put("a")])
+    assert await tier.exists_batch(["a"]) == [False]
     assert tier.breaker.phase == "closed"
 
 

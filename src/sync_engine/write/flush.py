@@ -151,9 +151,16 @@ class Lane:
         return await self._isolating(ops) if ops else Applied()
 
     async def _isolating(self, ops: Sequence[Op]) -> Applied:
-        """Apply; where the tier refuses a batch as a whole, halve it until the refused operation is alone."""
+        """Apply; where the tier refuses a batch as a whole, halve it until the refused operation is alone.
+
+        Where its disk has no room for the batch, it may have for half of it, and for the other half after that.
+        """
         try:
             return await self.tier.apply(ops)
+        except DiskFull:
+            self._carrier.cramped()
+            if len(ops) == 1:
+                raise
         except StoreError as refused:
             if len(ops) == 1:
                 return Applied(refused={ops[0].object_id: refused})
@@ -172,8 +179,6 @@ class Lane:
         if self.trouble is None:
             log.warning("%s; its %d operations wait", exc, len(self.batcher))
         self.trouble = exc.reason
-        if isinstance(exc, DiskFull):
-            self._carrier.cramped()
         self.batcher.fail(exc)
         return True
 

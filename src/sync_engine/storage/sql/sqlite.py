@@ -48,6 +48,9 @@ NAMES: Final = "SELECT name FROM sqlite_master WHERE type IN ('table', 'index')"
 
 CHECKPOINT: Final = "PRAGMA wal_checkpoint(TRUNCATE)"
 
+CRAMPED_COMMITS: Final = 100
+"""For how long a disk that was full counts as nearly full: each of them costs two syncs more."""
+
 COLUMNS: Final = "SELECT name, pk > 0 FROM pragma_table_info(?) ORDER BY cid"
 
 
@@ -107,7 +110,7 @@ class SqliteSession:
     def __init__(self, connection: AsyncConnection, driver: aiosqlite.Connection) -> None:
         self._connection = connection
         self._driver = driver
-        self._cramped = False
+        self._cramped = 0  # so many more commits empty SQLite's own log at once, since the disk was full
         self.running = 0
 
     @classmethod
@@ -139,7 +142,8 @@ class SqliteSession:
             return (await self._driver.execute(*said)).rowcount
         except DRIVER_ERRORS as error:
             told = meaning(error)
-            self._cramped |= isinstance(told, DiskFull)
+            if isinstance(told, DiskFull):
+                self._cramped = CRAMPED_COMMITS
             raise told from error
 
     async def attempt(self, said: Said, meanwhile: Callable[[], None] = nothing) -> int:
@@ -162,6 +166,9 @@ class SqliteSession:
     async def commit(self) -> None:
         """Make the transaction durable."""
         await self.run(Said(COMMIT))
+        if self._cramped:
+            self._cramped -= 1
+            await self._checkpoint()
 
     async def rollback(self) -> None:
         """Undo the transaction; its own end is no error."""
@@ -171,10 +178,16 @@ class SqliteSession:
             if self.in_transaction:
                 raise
         if self._cramped:
-            self._cramped = False
-            # SQLite's own log never shrinks by itself, and what it takes may be all that the next attempt needs.
-            with suppress(SyncEngineError):
-                await self.rows(Said(CHECKPOINT))
+            await self._checkpoint()
+
+    async def _checkpoint(self) -> None:
+        """Empty SQLite's own log: it never shrinks by itself.
+
+        What it takes may be all that the next attempt needs, or the file itself to grow; and once it has taken the last
+        block it cannot even be emptied into the file any more.
+        """
+        with suppress(SyncEngineError):
+            await self.rows(Said(CHECKPOINT))
 
     async def begin_migration(self) -> None:
         """Tables are made in a transaction like any other."""
