@@ -21,7 +21,7 @@ from collections.abc import Awaitable, Callable
 import pytest
 from msgspec.structs import replace
 
-from sync_engine.errors import InvalidId, VersionConflict
+from sync_engine.errors import InvalidId, InvalidItem, VersionConflict
 from sync_engine.item import ContentType, Op, SyncItem
 from sync_engine.ports import Applied, Tier, Truth
 
@@ -582,6 +582,18 @@ class TruthContract(TierContract):
         assert await tier.newest_stamp() >= 2**62 + 2
         await tier.apply([delete("c", 2**62 + 5)])
         assert await tier.newest_stamp() >= 2**62 + 5
+
+    async def test_G61_a_schema_is_registered_at_any_time_and_changes_no_answer(self, tier: Truth) -> None:
+        await tier.apply([put("alpha.1", b"1", stamp=5), put("beta.1", b"2", stamp=6), delete("alpha.2", stamp=7)])
+        assert await tier.register_schema("letters", ["alpha.", "alpha.1.", "%"]) in (0, 1)
+        assert await tier.register_schema("letters", iter(["alpha."])) == 0
+        await tier.apply([put("alpha.2", b"older", stamp=6), put("alpha.3", b"3", stamp=8)])
+        assert [item.object_id for item in await tier.scan_prefix("")] == ["alpha.1", "alpha.3", "beta.1"]
+        assert await tier.held_stamps(["alpha.1", "beta.1"]) == {"alpha.1": 5, "beta.1": 6}
+        assert [op.object_id for op in (await tier.changed_since(5)).ops] == ["alpha.1", "beta.1", "alpha.2", "alpha.3"]
+        for name, prefixes in (("sync", ["a"]), ("a; --", ["a"]), ("a", []), ("a", [""]), ("a", "a")):
+            with pytest.raises(InvalidItem):
+                await tier.register_schema(name, prefixes)
 
     async def test_a_deadline_of_the_redis_copy_means_nothing_here(self, tier: Truth) -> None:
         await tier.apply([until(put("a", b"{}", 1), now_ms() - 1_000)])
