@@ -27,7 +27,7 @@ help:
 	@echo 'make test       format, lint, types, import rules, then every test; shorter on other Pythons found here'
 	@echo 'make lint       the first part of it'
 	@echo 'make docs-test  runs the examples of README.md and docs/'
-	@echo 'make faults     the whole fault matrix on three databases, about 25 minutes; writes docs/fault-report.md'
+	@echo 'make faults     the whole fault matrix on three databases, about 15 minutes; writes docs/fault-report.md'
 	@echo 'make bench      our figures against their baselines (takes ARGS=...)'
 	@echo 'make audit      known vulnerabilities of the pinned versions'
 	@echo 'make clean      removes the environments and caches'

@@ -40,7 +40,7 @@ async def six(rig: Rig, stack: AsyncExitStack, **settings: object) -> list[SyncE
 
 
 async def settled(rig: Rig, engines: list[SyncEngine], stamps: Stamps) -> None:
-    """All have flushed, twice: what one brings last is then everywhere; and all tiers agree with the account."""
+    """All have flushed; then every tier, and what every engine reads, agrees with the account."""
     await asyncio.gather(*(engine.flush(60) for engine in engines))
     stamps.take(await rig.lines(), rig.figures)
     await stamps.judge(rig, *engines)
