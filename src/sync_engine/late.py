@@ -45,9 +45,7 @@ class Late(Forwarding):
         if self._closed:
             raise TierUnavailable(self.name, "closed")
         if self._attempt is None:
-            self._attempt = asyncio.get_running_loop().create_task(
-                self._try(self._connect), name=f"connect {self.name}"
-            )
+            self._attempt = asyncio.get_running_loop().create_task(self._try(), name=f"connect {self.name}")
             self._attempt.add_done_callback(self._tried)
         await asyncio.shield(self._attempt)
 
@@ -74,10 +72,10 @@ class Late(Forwarding):
         self._closed = True
         if self._attempt is not None:
             await asyncio.wait({self._attempt})
-        if self._here:
-            await self.tier.close()
-        for replaced in list(self._replaced):
-            await replaced.close()
+        tiers = [*self._replaced, *([self.tier] if self._here else [])]
+        ends = await asyncio.gather(*(tier.close() for tier in tiers), return_exceptions=True)
+        for failed in (end for end in ends if isinstance(end, BaseException)):
+            raise failed
         if self._closing:
             await asyncio.wait(self._closing)
 
@@ -116,9 +114,14 @@ class Late(Forwarding):
             raise
         return tier
 
-    async def _try(self, connect: Callable[[], Awaitable[Tier]]) -> None:
-        self.tier = await self._made(connect)
-        self._here = True
+    async def _try(self) -> None:
+        while True:
+            connect = self._connect
+            tier = await self._made(connect)
+            if connect is self._connect:
+                break
+            await tier.close()  # by now it is to be connected to in another way
+        self.tier, self._here = tier, True
 
     def _tried(self, attempt: asyncio.Task[None]) -> None:
         self._attempt = None

@@ -94,6 +94,8 @@ class Folder:
             found = self._recover()
         except OSError as failed:
             raise unavailable(failed) from failed
+        if not self.reserve.size:
+            (self.path / "reserve").unlink(missing_ok=True)  # of an earlier run that had one, and was killed
         if not self.reserve.make(room=self.reserve.size if found.records else 0):
             logger.warning("log %s: the disk is full; nothing is accepted until it has room", self.path)
         return found

@@ -8,13 +8,19 @@ would take what the drain was given.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 from pathlib import Path
+from typing import Final
 
 __all__ = ["Reserve"]
 
 logger = logging.getLogger(__name__)
+
+MIB: Final = 1024 * 1024
+CANNOT: Final = frozenset({errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS})
+"""What file systems and C libraries say that cannot allocate."""
 
 
 class Reserve:
@@ -63,7 +69,7 @@ class Reserve:
         fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         try:
             # More than it keeps: a quota tells how much is free in no other way.
-            os.posix_fallocate(fd, 0, self.size + room)
+            _allocate(fd, self.size + room)
             os.ftruncate(fd, self.size)
         except OSError:
             self._path.unlink(missing_ok=True)
@@ -74,6 +80,17 @@ class Reserve:
 
     def __repr__(self) -> str:
         return f"<Reserve {self.size} bytes, {'held' if self.held else 'given up'}>"
+
+
+def _allocate(fd: int, size: int) -> None:
+    try:
+        os.posix_fallocate(fd, 0, size)
+    except OSError as failed:
+        if failed.errno not in CANNOT:
+            raise
+        zeros = bytes(MIB)
+        for start in range(0, size, MIB):
+            os.pwrite(fd, zeros[: size - start], start)
 
 
 def _free(folder: Path) -> int:

@@ -296,8 +296,11 @@ class Forwarding:
         return f"<{type(self).__name__} {self.tier!r}>"
 
 
-WRITES = frozenset({"apply", "evict", "healed", "marks", "register_schema", "tell"})
+WRITES = frozenset({"apply", "evict", "healed", "marks", "note_late", "tell"})
 """Verbs that no reader waits for."""
+
+PATIENT = frozenset({"register_schema"})
+"""Verbs that take as long as there is to do; each statement of theirs has an end."""
 
 CLOSE_GRACE_S = 1.0
 """How long calls may still run once their tier is closed, which has waited for its own."""
@@ -339,6 +342,8 @@ class Guarded(Forwarding):
         self._running[call] = turn
         call.add_done_callback(self._settle)
         deadline_s = self._write_deadline_s if verb.__name__ in WRITES else self._deadline_s
+        if verb.__name__ in PATIENT:
+            deadline_s = None
         try:
             if not await self._ended(call, deadline_s):
                 self._running[call] = None

@@ -25,9 +25,11 @@ from sync_engine import (
 )
 from sync_engine.config import AT_RUN_TIME
 from sync_engine.item import Op
-from sync_engine.ports import Applied
+from sync_engine.late import Late
+from sync_engine.ports import Applied, Tier
 from sync_engine.resilience import Forwarding
 from sync_engine.testing.fixtures import StartKind
+from sync_engine.testing.tiers import MemoryTier
 from sync_engine.write.batcher import BACKLOG_TIMES
 
 from .rig import Held, Rig, on, until
@@ -328,3 +330,31 @@ async def test_a_tier_that_was_never_there_is_connected_to_in_the_new_way(rig: R
         await server.start()
         await engine.submit(SyncItem("a", b"x"), ack=Ack.STORED)
         assert await server.ask("EXISTS", "r:a") == 1
+
+
+async def test_an_attempt_under_way_does_not_bring_the_old_way_back() -> None:
+    made: list[str] = []
+    begun, go = asyncio.Event(), asyncio.Event()
+
+    async def old() -> Tier:
+        begun.set()
+        await go.wait()
+        made.append("old")
+        return MemoryTier("l2")
+
+    async def new() -> Tier:
+        made.append("new")
+        return MemoryTier("l2")
+
+    async def connected(_: Tier) -> None:
+        pass
+
+    late = Late("l2", old, connected)
+    call = asyncio.create_task(late.fetch(["a"]))
+    await begun.wait()
+    assert not late.here
+    late.replace(None, new)
+    go.set()
+    await call
+    assert made == ["old", "new"], "what was connected to in the old way is closed again"
+    await late.close()

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from sync_engine.errors import TierUnavailable
 from sync_engine.item import Op, SyncItem
 from sync_engine.storage.sql import SqlStore, apply, mysql_words, tables
-from sync_engine.storage.sql.apply import bucket_of
+from sync_engine.storage.sql.buckets import bucket_of
 from sync_engine.storage.sql.connect import database_of
 from sync_engine.storage.sql.dialect import BUCKETS, Session
 from sync_engine.storage.sql.rows import row_of

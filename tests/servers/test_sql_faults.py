@@ -17,8 +17,11 @@ import pytest
 from sync_engine.errors import StoreError, TierUnavailable
 from sync_engine.item import Op, SyncItem
 from sync_engine.storage.sql import SqlStore, apply
+from sync_engine.storage.sql.buckets import bucket_of
+from sync_engine.storage.sql.dialect import BUCKETS
 from sync_engine.storage.sql.words import Said
 from sync_engine.testing.databases import ask
+from sync_engine.testing.fixtures import DATABASES
 
 
 @pytest.fixture(params=[1, 3], ids=["one-writer", "three-writers"])
@@ -280,3 +283,28 @@ async def test_I3_what_was_applied_survives_kill_9_and_batches_are_whole(sql_url
         await store.delete_many([item.object_id for item in items])
         await ask(sql_url, "UPDATE sync_meta SET value = 0 WHERE name = 'newest_stamp'")
         await store.close()
+
+
+@pytest.mark.parametrize("sql_url", DATABASES, indirect=True)  # SQLite has one writer
+async def test_a_compare_and_set_that_stands_is_not_called_lost_when_its_batch_is_sent_again(
+    sql_url: str,
+) -> None:
+    """Its share must not stand where another one failed: by then somebody else may have written over it."""
+    store = await SqlStore.connect(sql_url, timeout_ms=1_000, write_concurrency=2)
+    other = await SqlStore.connect(sql_url)
+    bucket = lambda half: next(f"k{n}" for n in range(999) if bucket_of(f"k{n}") * 2 // BUCKETS == half)  # noqa: E731
+    counter, locked = bucket(0), bucket(1)
+    first = SyncItem(counter, b"1", version=1, stamp=5)
+    batch = [Op(kind="put", object_id=counter, stamp=5, item=first, if_version=0), put(locked, 5)]
+    batch += [put(f"x{n}", 5) for n in range(600)]
+    stranger = await other._writers[0].session()
+    await stranger.begin()
+    await stranger.lock([bucket_of(locked)])
+    with pytest.raises(TierUnavailable):
+        await store.apply(batch)
+    await stranger.rollback()
+    assert await other.get(counter) is None, "nothing of the batch stands"
+    assert not (await store.apply(batch)).refused
+    assert await other.get(counter) == first
+    await other.close()
+    await store.close()

@@ -245,3 +245,19 @@ async def test_up_to_date_tables_are_only_read(sql_url: str, caplog: pytest.LogC
     await (await SqlStore.connect(sql_url)).close()
     assert await ask(sql_url, "SELECT * FROM sync_meta ORDER BY name") == before
     await first.close()
+
+
+@pytest.mark.parametrize("sql_url", ["mariadb"], indirect=True)  # elsewhere such a table could not be beside ours
+async def test_indexes_of_an_applications_own_tables_are_not_taken_for_ours(sql_url: str) -> None:
+    """MySQL keeps the names of indexes per table."""
+    await ask(
+        sql_url,
+        "CREATE TABLE order_items (id INTEGER PRIMARY KEY, state INTEGER, stamp INTEGER, "
+        "INDEX idx_state (state), INDEX idx_stamp (stamp))",
+    )
+    store = await SqlStore.connect(sql_url)
+    await store.apply([put("a", 5)])
+    assert [op.object_id for op in (await store.changed_since(1)).ops] == ["a"]  # by our own idx_stamp
+    told = await ask(sql_url, "SHOW INDEX FROM sync_items")
+    assert {row[2] for row in told} == {"PRIMARY", "idx_timestamp", "idx_merkle_dirty", "idx_state", "idx_stamp"}
+    await store.close()

@@ -537,14 +537,16 @@ async def test_rows_of_the_originals_own_schema_are_taken_over(store: SqlStore, 
         "state VARCHAR(32) NOT NULL DEFAULT 'default', access_count BIGINT NOT NULL DEFAULT 0, "
         "last_accessed BIGINT NOT NULL DEFAULT 0)",
     )
-    for id_, timestamp in (("u1", 5), ("u2", 5), ("u3", 5), ("u4", 5), ("x1", 5), ("y1", 5)):
+    for id_, timestamp in (("u1", 5), ("u2", 5), ("u3", 5), ("u4", 5), ("u6", 7), ("x1", 5), ("y1", 5)):
         await ask(sql_url, f"INSERT INTO users_items (id, timestamp, payload) VALUES ('{id_}', {timestamp}, '[1]')")
     for id_, timestamp in (("u1", 4), ("u2", 6), ("u5", 1)):
         await ask(sql_url, f"INSERT INTO sync_items (id, timestamp, payload) VALUES ('{id_}', {timestamp}, '[2]')")
-    await store.apply([delete("u3", 9)])
-    assert await store.register_schema("users", ["u"]) == 4
-    assert await ids_in(sql_url, "users") == ["u1", "u2", "u4", "u5"]
+    # A row of the original has no stamp, and its time says whether it came before the delete or after it.
+    await store.apply([delete("u3", 6 << 16), delete("u6", 6 << 16)])
+    assert await store.register_schema("users", ["u"]) == 5
+    assert await ids_in(sql_url, "users") == ["u1", "u2", "u4", "u5", "u6"]
     assert await ids_in(sql_url, "sync") == ["x1", "y1"]
-    assert {id_: item.json() for id_, item in (await store.get_many(["u1", "u2", "u3", "u4", "u5", "x1"])).items()} == {
-        "u1": [1], "u2": [2], "u4": [1], "u5": [2], "x1": [1]
+    held = await store.get_many(["u1", "u2", "u3", "u4", "u5", "u6", "x1"])
+    assert {id_: item.json() for id_, item in held.items()} == {
+        "u1": [1], "u2": [2], "u4": [1], "u5": [2], "u6": [1], "x1": [1]
     }  # fmt: skip

@@ -79,6 +79,8 @@ class Refusals:
                 log.warning("dropped for good: %r, stamp %d, %d bytes", each, op.stamp, op.size)
                 self.writes.gave_up(op)
                 dropped += 1
+        if dropped:
+            await self.writes.file_again()  # or the log would still have what could not be filed, and replay it
         return dropped
 
     async def stands(self, each: Quarantined) -> bool:

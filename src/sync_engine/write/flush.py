@@ -158,9 +158,10 @@ class Lane:
         try:
             return await self.tier.apply(ops)
         except DiskFull:
-            self._carrier.cramped()
-            if len(ops) == 1:
+            # Not one whose answers depend on what is there: sent again, its first half would meet itself.
+            if len(ops) == 1 or any(op.if_version is not None or op.only_in_state is not None for op in ops):
                 raise
+            self._carrier.cramped()
         except StoreError as refused:
             if len(ops) == 1:
                 return Applied(refused={ops[0].object_id: refused})
@@ -176,6 +177,8 @@ class Lane:
     def _unavailable(self, exc: BaseException) -> bool:
         if not isinstance(exc, TierUnavailable):
             return False
+        if isinstance(exc, DiskFull):
+            self._carrier.cramped()
         if self.trouble is None:
             log.warning("%s; its %d operations wait", exc, len(self.batcher))
         self.trouble = exc.reason

@@ -296,8 +296,7 @@ class WritePath:
 
     async def passed(self, lane: Lane, batch: Sequence[Entry], plan: Plan, applied: Applied) -> None:
         """One tier has answered for a batch: move every entry on."""
-        if self._unfiled:
-            await self._file_again()
+        await self.file_again()
         settled: list[tuple[Entry, SyncEngineError | None]] = []
         moved: Lane | None = None
         for entry in batch:
@@ -359,6 +358,23 @@ class WritePath:
         if self._journal is not None:
             self._journal.relieve()
 
+    async def file_again(self) -> None:
+        """Write what the quarantine could not, and let the log go of it.
+
+        A record that is never settled holds its segment, and with it every later one: the log would only grow.
+        """
+        while self._unfiled:
+            assert self._journal is not None, "what no log holds is not kept by it either"
+            op, logged = self._unfiled[0]
+            try:
+                await self._quarantine.again(op)
+            except OSError:
+                self.cramped()
+                return
+            if (op, logged) in self._unfiled:  # the other lane may have been here meanwhile
+                self._unfiled.remove((op, logged))
+                self._journal.settle([logged.seq])
+
     @property
     def _seen(self) -> View:
         assert self.view is not None, "parts are joined before the first write"
@@ -389,20 +405,6 @@ class WritePath:
             entry.logged = None
             return False
         return True
-
-    async def _file_again(self) -> None:
-        """A record that is never settled holds its segment, and with it every later one: the log would only grow."""
-        assert self._journal is not None, "what no log holds is not kept by it either"
-        while self._unfiled:
-            op, logged = self._unfiled[0]
-            try:
-                await self._quarantine.again(op)
-            except OSError:
-                return self.cramped()
-            if (op, logged) in self._unfiled:  # the other lane may have been here meanwhile
-                self._unfiled.remove((op, logged))
-                self._journal.settle([logged.seq])
-        return None
 
     def _settle(self, entries: Sequence[tuple[Entry, SyncEngineError | None]]) -> None:
         # Those who wait are told here, in one step with the books: they may look at once.

@@ -159,7 +159,10 @@ class Quarantine:
         self._sync_folder()
 
     def _sync_folder(self) -> None:
-        folder = os.open(self._folder, os.O_RDONLY)
+        try:
+            folder = os.open(self._folder, os.O_RDONLY)
+        except FileNotFoundError:  # somebody has removed it with all that was in it
+            return
         try:
             os.fsync(folder)
         finally:

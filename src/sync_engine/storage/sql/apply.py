@@ -24,7 +24,7 @@ from sync_engine.storage.sql.rows import Value, item_of, row_of
 from sync_engine.storage.sql.tables import TOMBSTONE_LIFE_MS
 from sync_engine.storage.sql.words import FORGOTTEN, Said, Words
 
-__all__ = ["apply_ops", "bucket_of", "shared_out"]
+__all__ = ["apply_ops", "shared_out"]
 
 SHARE_MIN: Final = 250
 """Operations that are worth a transaction of their own: below, its commit costs more than is gained."""
@@ -76,9 +76,13 @@ async def apply_ops(
 
 
 def shared_out(ops: Sequence[Op], writers: int) -> list[Sequence[Op]]:
-    """The operations for so many writers at most, none of which has to wait for a bucket of another one."""
+    """The operations for so many writers at most, none of which has to wait for a bucket of another one.
+
+    What is answered by what the table holds stays in one transaction: were it in one that stood beside another that
+    failed, all would be sent again, and the answer be of what others have written since.
+    """
     count = min(writers, len(ops) // SHARE_MIN)
-    if count < 2:
+    if count < 2 or any(op.if_version is not None or op.only_in_state is not None for op in ops):
         return [ops]
     shares: list[list[Op]] = [[] for _ in range(count)]
     for op in ops:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Final
 
+from sync_engine.clock import COUNTER_BITS
 from sync_engine.ports import Clock
 from sync_engine.storage.sql.buckets import EVERY_BUCKET, buckets_of
 from sync_engine.storage.sql.dialect import Session
@@ -165,9 +166,14 @@ async def _take(
         if not ages:
             continue
         held = await _ages(session, new.ages(list(ages)))
-        winning = [id_ for id_, age in ages.items() if id_ not in held or age > held[id_]]
-        if buried:
-            winning = [id_ for id_ in winning if ages[id_][0] > buried.get(id_, -1)]
+        if buried is None:
+            winning = [id_ for id_, age in ages.items() if id_ not in held or age > held[id_]]
+        else:
+            moments = {id_: _moment(age) for id_, age in ages.items()}
+            winning = [id_ for id_ in ages if id_ not in held or moments[id_] > _moment(held[id_])]
+            winning = [id_ for id_ in winning if moments[id_] > buried.get(id_, -1)]
+            if older := len(ages) - len(winning):
+                _log.info("%d rows of %s are older than what stands, and are left out", older, source)
         if losing := [id_ for id_ in winning if id_ in held]:
             await session.run(new.delete(losing))
         if winning:
@@ -175,6 +181,12 @@ async def _take(
         await session.run(old.delete(list(ages)))
         taken += len(winning)
     return taken
+
+
+def _moment(age: tuple[int, int]) -> int:
+    """When a row was written, as a stamp: a program that knows no routes may know no stamps, and has a clock."""
+    stamp, timestamp = age
+    return stamp or timestamp << COUNTER_BITS
 
 
 async def _ages(session: Session, said: Said) -> dict[str, tuple[int, int]]:

@@ -44,8 +44,8 @@ VARIABLES: Final = "SHOW SESSION VARIABLES"
 LOCK: Final = "SELECT bucket FROM sync_locks WHERE bucket IN ($marks) ORDER BY bucket FOR UPDATE"
 
 NAMES: Final = """\
-SELECT table_name FROM information_schema.tables WHERE table_schema = database()
-UNION SELECT index_name FROM information_schema.statistics
+SELECT table_name, '' FROM information_schema.tables WHERE table_schema = database()
+UNION SELECT table_name, index_name FROM information_schema.statistics
 WHERE table_schema = database() AND (right(table_name, 6) = '_items' OR table_name = 'sync_tombstones')"""
 """Of this database alone: the server has others with tables of the same names (Q19)."""
 
@@ -161,7 +161,9 @@ class Mysql:
 
     async def names(self, session: Session) -> set[str]:
         """Names of the tables and indexes that there are."""
-        return {name for (name,) in await session.rows(Said(NAMES))}
+        held = await session.rows(Said(NAMES))
+        # An index name is of its table alone: another one's idx_state says nothing of ours.
+        return {index or table for table, index in held if not index or index in tables.index_names(table)}
 
     async def columns(self, session: Session, table: str) -> list[Held]:
         """The columns of a table."""

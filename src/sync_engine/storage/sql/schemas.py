@@ -82,8 +82,9 @@ class Schemas:
                     except TierUnavailable as down:
                         _log.warning("rows cannot be moved now, trying again: %s", down)
                         await self._clock.sleep(AGAIN_S)
-            except SyncEngineError:
-                _log.exception("rows cannot be moved; reads ask every table until register_schema is called again")
+            except SyncEngineError as failed:
+                # No traceback: what the driver said beneath it may quote a row.
+                _log.error("rows cannot be moved (%s); reads ask every table until they are", failed)
             finally:
                 await lane.close()
 

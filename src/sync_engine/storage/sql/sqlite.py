@@ -287,8 +287,8 @@ _MISSING: Final = ("no such table", "no such column", "has no column named")
 """Somebody changed the tables, as the other databases say with a code of its own."""
 
 
-_NO_ROOM: Final = frozenset({sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_SHMSIZE})
-"""The second is said by a connection that cannot make the index of SQLite's log."""
+_NO_ROOM: Final = frozenset({sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_SHMSIZE, sqlite3.SQLITE_IOERR_WRITE})
+"""The second is said by a connection that cannot make the index of SQLite's log, the third beyond a quota."""
 
 
 def meaning(error: BaseException) -> SyncEngineError:

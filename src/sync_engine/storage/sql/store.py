@@ -246,7 +246,7 @@ class SqlStore:
             raise refusal
 
     async def put_batch(self, items: Iterable[SyncItem]) -> BatchWriteResult:
-        """Store items in one transaction; of several with one id the last counts. ``failed`` maps id to reason."""
+        """Store items as ``apply`` does; of several with one id the last counts. ``failed`` maps id to reason."""
         batch_id = str(uuid4())
         ops = {item.object_id: _put(item) for item in items}
         applied = await self._apply(list(ops.values()), batch_id)
@@ -263,7 +263,7 @@ class SqlStore:
         return await self.delete_many([object_id]) == 1
 
     async def delete_many(self, ids: Sequence[str]) -> int:
-        """Remove items whatever their stamps, in one transaction; how many there were."""
+        """Remove items whatever their stamps, as ``apply`` does; how many there were."""
         ops = [Op(kind="delete", object_id=check_id(id_), stamp=0) for id_ in dict.fromkeys(ids)]
         applied = await self.apply(ops)
         for refusal in applied.refused.values():

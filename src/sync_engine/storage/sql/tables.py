@@ -17,6 +17,7 @@ __all__ = [
     "SCHEMA_VERSION",
     "TOMBSTONE_LIFE_MS",
     "index_name",
+    "index_names",
     "item_table",
     "items",
     "locks",
@@ -52,6 +53,9 @@ _Id = _short(255)
 metadata = MetaData()
 
 
+INDEXED: Final = ("timestamp", "merkle_dirty", "state", "stamp")
+
+
 def item_table(name: str, among: MetaData | None = None) -> Table:
     """The table of items called ``name``; times are epoch milliseconds."""
     return Table(
@@ -85,6 +89,13 @@ def index_name(table: str, column: str) -> str:
     name = f"idx_{table}_{column}"
     # PostgreSQL would cut it at 63 bytes, and no longer find it by its whole name.
     return name if len(name) <= 63 else f"idx_{zlib.crc32(table.encode()):08x}_{column}"
+
+
+def index_names(table: str) -> frozenset[str]:
+    """The names of all indexes of a table of ours; of another one those that it would have if it were a schema's."""
+    if table == tombstones.name:
+        return frozenset(str(index.name) for index in tombstones.indexes)
+    return frozenset(index_name(table, column) for column in INDEXED)
 
 
 items = item_table("sync_items", metadata)
