@@ -23,6 +23,8 @@ from sync_engine.cli.places import STATES, items_of, load_places, names_by_scrip
 from sync_engine.cli.verify import Comparison, compare, examine
 from sync_engine.storage.sql import SqlStore
 
+pytestmark = pytest.mark.slow  # as a whole, and no matter of the Python that runs it
+
 if TYPE_CHECKING:
     from tests.cli.conftest import Run
 

@@ -19,6 +19,8 @@ from sync_engine.trust import Trust
 
 from .rig import Rig, until
 
+pytestmark = pytest.mark.slow  # as a whole, and no matter of the Python that runs it
+
 MIB = 1024 * 1024
 CACHE = SubmitOptions.cache(3600)
 NOISE = random.Random(4)

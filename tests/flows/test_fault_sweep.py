@@ -17,6 +17,8 @@ from sync_engine.testing.tiers import Breaking
 
 from .rig import CACHE, DURABLE, Rig, on, others, until
 
+pytestmark = pytest.mark.slow  # as a whole, and no matter of the Python that runs it
+
 CALLS_MAX = 60  # far more than any scenario makes: a sweep that gets there does not end
 
 Model = dict[str, SyncItem | None]

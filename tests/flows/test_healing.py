@@ -19,6 +19,8 @@ from sync_engine.trust import MARGIN_MS
 
 from .rig import CACHE, Rig, on
 
+pytestmark = pytest.mark.slow  # as a whole, and no matter of the Python that runs it
+
 OLD = [SyncItem(f"i{n}", b'{"old": %d}' % n, state="old") for n in range(20)]
 NEW = [SyncItem(f"i{n}", b'{"new": %d}' % n, state="new") for n in range(10)]
 NO_L1 = {"l1_max_bytes": 0}
