@@ -72,10 +72,14 @@ class Late(Forwarding):
         self._closed = True
         if self._attempt is not None:
             await asyncio.wait({self._attempt})
-        tiers = [*self._replaced, *([self.tier] if self._here else [])]
-        ends = await asyncio.gather(*(tier.close() for tier in tiers), return_exceptions=True)
-        for failed in (end for end in ends if isinstance(end, BaseException)):
-            raise failed
+        failure: SyncEngineError | None = None
+        for tier in (*self._replaced, *([self.tier] if self._here else [])):
+            try:
+                await tier.close()
+            except SyncEngineError as failed:
+                failure = failed  # the others are closed all the same
+        if failure is not None:
+            raise failure
         if self._closing:
             await asyncio.wait(self._closing)
 

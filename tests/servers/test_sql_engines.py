@@ -133,7 +133,7 @@ async def test_a_process_that_stands_still_in_a_transaction_keeps_the_others_out
         await goes_on.wait()
         await session.run(zombie._words.note_most("newest_stamp", 9))
 
-    standing = asyncio.create_task(zombie._writer.transaction(stand_still))
+    standing = asyncio.create_task(zombie._writers[0].transaction(stand_still))
     await stopped.wait()
     with pytest.raises(TierUnavailable, match="lock"):
         await other.apply([put("a", 5, b"x")])

@@ -100,8 +100,8 @@ class MemoryTier:
             elif row is not None and op.stamp == row.item.stamp:
                 restated[id_] = row.item  # applied before: the caller still needs the item
             elif row is not None and op.state is not None:
-                # What brings the whole item brings what the truth holds; the deadline of the copy stays.
-                base = row.item if op.item is None else op.item
+                # What brings the whole item brings what the truth holds, which takes none itself; the deadline stays.
+                base = row.item if op.item is None or self.name != "l2" else op.item
                 restated[id_] = base.replace(state=op.state, stamp=op.stamp)
                 self._rows[id_] = replace(row, item=restated[id_])
             elif row is None and op.item is not None:
