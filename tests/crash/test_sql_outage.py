@@ -172,6 +172,7 @@ async def test_what_was_accepted_during_an_outage_passes_nothing_newer_of_anothe
         with write_locked(sql):
             await _submit(ours, ["a", "b"], b"older, and late")
             assert await ours.delete("c")
+            await asyncio.sleep(0.005)  # of two engines' writes in one millisecond either may be the newer one
             late = asyncio.create_task(_submit(theirs, ["a", "c"], b"newer", ack=Ack.STORED))
             gone = asyncio.create_task(theirs.delete("b", ack=Ack.STORED))
             await until(lambda: theirs.stats().log_records == 3)
