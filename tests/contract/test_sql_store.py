@@ -66,6 +66,7 @@ class TestSqlStoreWithSchemas(TruthContract):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("sql_url", ["mariadb"], indirect=True)  # tests/servers/test_sql_schemas.py asks all three
 class TestSqlStoreWhoseRowsMayBeAnywhere(TruthContract):
     """As it is while rows are being moved: every table is asked, and what is written is taken home first."""
 
