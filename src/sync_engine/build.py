@@ -26,7 +26,7 @@ from sync_engine.parts import STREAM_MAY_GO, Link, Parts
 from sync_engine.ports import Cache, Clock, Tier, Truth
 from sync_engine.pressure import Bands, Gate
 from sync_engine.read import Reader
-from sync_engine.resilience import Breaker, Guarded, RetryPolicy
+from sync_engine.resilience import Breaker, Guarded, Retries, RetryPolicy
 from sync_engine.storage.memory import L1Cache
 from sync_engine.storage.redis import ChangeStream, RedisStore
 from sync_engine.storage.sql import SqlStore
@@ -93,28 +93,28 @@ async def build(
         if config.enable_cdc_stream:
             stream = ChangeStream(notes.writer, config.cdc_stream_key, config.cdc_stream_maxlen)
         redis = await _cache(config, clock, around, trust, stream, opened, outside)
-        cache = None if redis is None else redis.tier
         links = [link for link in (truth, redis) if link is not None]
         for link in links:
             link.tier.bound(*link.deadlines_s(config))
-        l2 = None if cache is None else Trusted(cache, trust, l3, clock, pending.newest_stamp)
+        l2 = None if redis is None else Trusted(redis.tier, trust, l3, clock, pending.newest_stamp)
         healing = eviction = None
-        if cache is not None and l3 is not None and config.redis_eviction_enabled:
-            eviction = Eviction(
-                trust,
-                cache,
-                l3,
-                clock,
-                start=config.redis_eviction_start,
-                target=config.redis_eviction_target,
-                rng=outside.rng(),
-            )
-        if cache is not None and l3 is not None:
+        if redis is not None and l3 is not None:
+            if config.redis_eviction_enabled:
+                eviction = Eviction(
+                    trust,
+                    redis.tier,
+                    l3,
+                    clock,
+                    start=config.redis_eviction_start,
+                    target=config.redis_eviction_target,
+                    rng=outside.rng(),
+                )
             healing = Healing(
                 trust,
-                cache,
+                redis.tier,
                 l3,
                 clock,
+                retries=redis.retries,
                 promotion_ttl_ms=round(config.promotion_ttl * 1000),
                 runs=notes.redis_runs,
                 keep_runs=notes.keep_redis_runs,
@@ -147,13 +147,13 @@ async def build(
             promotion_ttl_ms=round(config.promotion_ttl * 1000),
         )
         writes.view = reader
-        if l3 is not None:
+        if truth is not None:
             # A cache-only item rarely has a row: it is asked for before it is deleted.
-            writes.truth = _lane(l3, config, clock, writes, _keeps_sql, erases_blindly=False)
-        if l2 is not None:
+            writes.truth = _lane(truth.tier, truth.retries, config, clock, writes, _keeps_sql, erases_blindly=False)
+        if redis is not None and l2 is not None:
             # With a change stream Redis is given what it does not keep as well: it tells of it.
             keeps = _keeps_redis if stream is None else _keeps_all
-            writes.cache = _lane(l2, config, clock, writes, keeps, erases_blindly=True)
+            writes.cache = _lane(l2, redis.retries, config, clock, writes, keeps, erases_blindly=True)
         recovered = len(journal.recovered) if journal is not None else 0
         if journal is not None and recovered:
             log.info("taking up %d operations from the log", recovered)
@@ -204,7 +204,7 @@ async def _truth(
 
     late = await _late("l3", partial(connect, config), connected, opened)
     guarded = Guarded(around(late), Breaker("l3", clock), clock)
-    return Link(guarded, late, connect, deadlines_s, SQL_CONNECTIONS)
+    return Link(guarded, late, Retries(clock), connect, deadlines_s, SQL_CONNECTIONS)
 
 
 async def _cache(
@@ -248,7 +248,7 @@ async def _cache(
 
     late = await _late("l2", partial(connect, config), connected, opened)
     guarded = Guarded(around(late), Breaker("l2", clock), clock)
-    return Link(guarded, late, connect, deadlines_s, REDIS_CONNECTIONS)
+    return Link(guarded, late, Retries(clock), connect, deadlines_s, REDIS_CONNECTIONS)
 
 
 async def _late(
@@ -268,6 +268,7 @@ async def _late(
 
 def _lane(
     tier: Tier,
+    retries: Retries,
     config: SyncEngineConfig,
     clock: Clock,
     writes: WritePath,
@@ -281,7 +282,7 @@ def _lane(
         flush_after_ms=config.batch_flush_ms,
         clock=clock,
     )
-    return Lane(tier, batcher, writes, keeps, erases_blindly=erases_blindly, retry=RetryPolicy(), clock=clock)
+    return Lane(tier, batcher, writes, keeps, erases_blindly=erases_blindly, retry=RetryPolicy(), retries=retries)
 
 
 def _keeps_sql(op: Op) -> bool:

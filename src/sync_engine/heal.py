@@ -18,7 +18,7 @@ from sync_engine.clock import COUNTER_BITS
 from sync_engine.errors import StoreError, SyncEngineError
 from sync_engine.item import Op, SyncItem
 from sync_engine.ports import Cache, Clock, Mark, Truth
-from sync_engine.resilience import RetryPolicy, retrying
+from sync_engine.resilience import Retries, RetryPolicy, retrying
 from sync_engine.trust import MARGIN_MS, Trust
 
 __all__ = ["Healing"]
@@ -59,6 +59,7 @@ class Healing:
         truth: Truth,
         clock: Clock,
         *,
+        retries: Retries,
         promotion_ttl_ms: int,
         runs: Runs,
         keep_runs: Callable[[Runs], Awaitable[None]],
@@ -72,6 +73,7 @@ class Healing:
         self._cache = cache
         self._truth = truth
         self._clock = clock
+        self._retries = retries
         self.promotion_ttl_ms = promotion_ttl_ms
         self._runs = runs
         self._keep_runs = keep_runs
@@ -82,7 +84,7 @@ class Healing:
     async def run(self) -> None:
         """Heal whenever it is needed, until cancelled."""
         while True:
-            await retrying(RETRY, self._clock.sleep, on=self._passing)(self.heal)
+            await retrying(RETRY, self._retries.wait, on=self._passing)(self.heal)
             await self._look_on()
 
     async def heal(self) -> None:

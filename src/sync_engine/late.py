@@ -11,8 +11,8 @@ from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, ParamSpec, TypeVar, cast
 
 from sync_engine.errors import ConfigError, StoreError, SyncEngineError, TierUnavailable
+from sync_engine.forward import Forwarding
 from sync_engine.ports import Tier
-from sync_engine.resilience import Forwarding
 
 __all__ = ["Late"]
 

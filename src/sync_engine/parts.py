@@ -20,7 +20,7 @@ from sync_engine.ports import Cache, CacheFacts, States, Tier, Truth
 from sync_engine.pressure import Bands, Level
 from sync_engine.read import Reader
 from sync_engine.report import EngineStats, Health, LaneStats, StopReport, TierHealth
-from sync_engine.resilience import Breaker, Guarded
+from sync_engine.resilience import Breaker, Guarded, Retries
 from sync_engine.storage.memory import L1Cache
 from sync_engine.trust import Trust
 from sync_engine.write.again import Refusals
@@ -67,6 +67,7 @@ class Link:
 
     tier: Guarded
     late: Late
+    retries: Retries
     connect: Callable[[SyncEngineConfig], Awaitable[Tier]]
     deadlines_s: Callable[[SyncEngineConfig], tuple[float | None, float]]
     """Of a read, and of a write."""
@@ -163,7 +164,9 @@ class Parts:
             log_bytes=journal.bytes if journal else 0,
             log_damage=tuple(journal.damage) if journal else (),
             evicted=self._eviction.evicted if self._eviction is not None else 0,
-            lanes={lane.tier.name: LaneStats(len(lane.batcher), lane.trouble) for lane in self._lanes},
+            lanes={
+                lane.tier.name: LaneStats(len(lane.batcher), lane.trouble, lane.retries.count) for lane in self._lanes
+            },
         )
 
     async def reconnect(self, config: SyncEngineConfig, changed: Set[str]) -> dict[Link, Tier | None]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import Final, Protocol, runtime_checkable
 
 import msgspec
 
@@ -17,6 +17,8 @@ from sync_engine.errors import Corruption, SyncEngineError
 from sync_engine.item import Op, SyncItem
 
 __all__ = [
+    "PATIENT",
+    "WRITES",
     "Applied",
     "BatchWriteResult",
     "Cache",
@@ -309,6 +311,13 @@ class Cache(Tier, Protocol):
         promised.
         """
         ...
+
+
+WRITES: Final = frozenset({"apply", "evict", "healed", "marks", "note_late", "tell"})
+"""Verbs of a tier that no reader waits for: they are left more time than the others."""
+
+PATIENT: Final = frozenset({"register_schema"})
+"""Verbs that take as long as there is to do; a tier ends each step of theirs by itself."""
 
 
 class Logged(msgspec.Struct, eq=False, gc=False):

@@ -44,10 +44,11 @@ class QuarantinedOp:
 
 @dataclass(frozen=True, slots=True)
 class LaneStats:
-    """One tier's queue: operations waiting, and why it is stuck if it is."""
+    """One tier's queue: operations waiting, why it is stuck if it is, and how often anything was tried again."""
 
     waiting: int
     trouble: str | None
+    retries: int = 0
 
 
 @dataclass(frozen=True, slots=True)

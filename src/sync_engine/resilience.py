@@ -1,6 +1,6 @@
-"""What surrounds a sick tier: when to try again, when to stop asking, how long to wait.
+"""What surrounds a sick tier: when to try again, how often at most, when to stop asking, how long to wait.
 
-The retry policy is a value, the circuit breaker a frozen state with pure transitions; ``Guarded`` puts
+Retry policy and budget are values, the circuit breaker a frozen state with pure transitions; ``Guarded`` puts
 one breaker and a deadline around any tier, behind the same port. Only ``TierUnavailable`` counts as a
 failure: a tier that answers "no" is well, and one whose disk is full answers, reads above all.
 """
@@ -9,22 +9,23 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, replace
-from typing import Any, Literal, ParamSpec, TypeVar, cast
+from typing import Any, Literal, ParamSpec, TypeVar
 
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_after_attempt, stop_never
 
 from sync_engine.errors import DiskFull, TierUnavailable
-from sync_engine.item import Op, SyncItem
-from sync_engine.ports import Applied, Cache, CacheFacts, Changes, Clock, Fetched, Mark, Tier, Truth
+from sync_engine.forward import Forwarding
+from sync_engine.ports import PATIENT, WRITES, Clock, Tier
 
 __all__ = [
     "Breaker",
     "BreakerPolicy",
     "Circuit",
-    "Forwarding",
     "Guarded",
+    "Retries",
+    "RetryBudget",
     "RetryPolicy",
     "allow",
     "on_abandoned",
@@ -60,6 +61,50 @@ class RetryPolicy:
         return full_s * (1 - self.jitter * (1 - chance))
 
 
+@dataclass(frozen=True, slots=True)
+class RetryBudget:
+    """How many retries one tier is given: ``burst`` at once, and ``per_s`` a second on average.
+
+    An outage needs eight of them in its first ten seconds and one in five seconds after that. What the bound is for
+    is a tier that answers now and then: each answer lets a policy begin anew with its shortest wait.
+    """
+
+    per_s: float = 2.0
+    burst: int = 10
+
+
+class Retries:
+    """The retries of one tier, whoever asks for them: a token bucket that keeps nobody out, but lets him wait.
+
+    To give up is no choice where acknowledged work would be lost. A token is taken when the wait for it begins, so
+    that those who wait are served in their order.
+    """
+
+    def __init__(self, clock: Clock, budget: RetryBudget | None = None) -> None:
+        self.budget = RetryBudget() if budget is None else budget
+        self.count = 0
+        """Retries until now."""
+        self._clock = clock
+        self._tokens = float(self.budget.burst)
+        self._filled_at_s = clock.monotonic()
+
+    async def wait(self, seconds: float) -> None:
+        """Sleep for so long, and until the budget has a retry left. To be called before each retry."""
+        self.count += 1
+        # Added, not the longer of both: the share that is left to chance must stay in it.
+        await self._clock.sleep(seconds + self._take())
+
+    def _take(self) -> float:
+        now_s = self._clock.monotonic()
+        gained = (now_s - self._filled_at_s) * self.budget.per_s
+        self._tokens = min(self._tokens + gained, self.budget.burst) - 1
+        self._filled_at_s = now_s
+        return max(0.0, -self._tokens / self.budget.per_s)
+
+    def __repr__(self) -> str:
+        return f"<Retries {self.count} | {self.budget.burst}, then {self.budget.per_s:g} a second>"
+
+
 def retrying(
     policy: RetryPolicy,
     sleep: Callable[[float], Awaitable[None]],
@@ -68,7 +113,8 @@ def retrying(
 ) -> AsyncRetrying:
     """An ``async for attempt in ...: with attempt: ...`` loop that retries what ``on`` says yes to.
 
-    Any other exception, and the last one when attempts run out, is raised as it is.
+    ``sleep`` waits for so many seconds: a clock's, or ``Retries.wait``, which keeps a budget too. Any exception that
+    ``on`` says no to, and the last one when attempts run out, is raised as it is.
     """
     chance = random.random if rng is None else rng.random
 
@@ -197,110 +243,6 @@ class Breaker:
 
 
 # Around a tier
-
-
-class Forwarding:
-    """A tier around a tier: every verb goes through ``_through``, which a subclass overrides.
-
-    It has the verbs of a truth and of a cache; each works only where the tier inside has it.
-    """
-
-    def __init__(self, tier: Tier) -> None:
-        self.tier = tier
-        self.name = tier.name
-
-    async def _through(self, verb: Callable[P, Coroutine[Any, Any, R]], *args: P.args, **kwargs: P.kwargs) -> R:
-        return await verb(*args, **kwargs)
-
-    async def fetch(self, ids: Sequence[str], /) -> Fetched:
-        return await self._through(self.tier.fetch, ids)
-
-    async def exists_batch(self, ids: Sequence[str], /) -> list[bool]:
-        return await self._through(self.tier.exists_batch, ids)
-
-    async def apply(self, ops: Sequence[Op], /) -> Applied:
-        return await self._through(self.tier.apply, ops)
-
-    async def list_state_ids(self, state: str, limit: int = 1000, *, after: str | None = None) -> list[str]:
-        return await self._through(self.tier.list_state_ids, state, limit, after=after)
-
-    async def count_by_state(self, state: str, /) -> int:
-        return await self._through(self.tier.count_by_state, state)
-
-    async def scan_prefix(self, prefix: str, limit: int = 1000, *, after: str | None = None) -> list[SyncItem]:
-        return await self._through(self._truth.scan_prefix, prefix, limit, after=after)
-
-    async def list_prefix_ids(self, prefix: str, limit: int = 1000, *, after: str | None = None) -> list[str]:
-        return await self._through(self._truth.list_prefix_ids, prefix, limit, after=after)
-
-    async def get_by_state(self, state: str, limit: int = 1000, *, after: str | None = None) -> list[SyncItem]:
-        return await self._through(self._truth.get_by_state, state, limit, after=after)
-
-    async def count_prefix(self, prefix: str, /) -> int:
-        return await self._through(self._truth.count_prefix, prefix)
-
-    async def newest_stamp(self) -> int:
-        return await self._through(self._truth.newest_stamp)
-
-    async def held_stamps(self, ids: Sequence[str], /) -> dict[str, int]:
-        return await self._through(self._truth.held_stamps, ids)
-
-    async def buried_stamps(self, ids: Sequence[str], /) -> dict[str, int]:
-        return await self._through(self._truth.buried_stamps, ids)
-
-    async def changed_since(self, stamp: int, after: tuple[int, str] | None = None, limit: int = 500) -> Changes:
-        return await self._through(self._truth.changed_since, stamp, after, limit)
-
-    async def forgotten(self) -> int:
-        return await self._through(self._truth.forgotten)
-
-    async def note_late(self, at_ms: int, stamp: int, /) -> None:
-        return await self._through(self._truth.note_late, at_ms, stamp)
-
-    async def late_since(self, at_ms: int, /) -> int | None:
-        return await self._through(self._truth.late_since, at_ms)
-
-    async def register_schema(self, name: str, prefixes: Iterable[str], /) -> int:
-        return await self._through(self._truth.register_schema, name, prefixes)
-
-    async def marks(self, newest: int = 0, /) -> Sequence[Mark]:
-        return await self._through(self._cache.marks, newest)
-
-    async def healed(self, marks: Sequence[Mark], /) -> None:
-        return await self._through(self._cache.healed, marks)
-
-    async def evict(self, copies: Sequence[tuple[str, int]], /, *, bury: bool = False) -> int:
-        return await self._through(self._cache.evict, copies, bury=bury)
-
-    async def tell(self, ops: Sequence[Op], /) -> None:
-        return await self._through(self._cache.tell, ops)
-
-    async def facts(self) -> CacheFacts:
-        return await self._through(self._cache.facts)
-
-    async def coldest(self, place: int, picked: int, most: int, /) -> list[tuple[str, int]]:
-        return await self._through(self._cache.coldest, place, picked, most)
-
-    async def close(self) -> None:
-        await self.tier.close()
-
-    @property
-    def _truth(self) -> Truth:
-        return cast(Truth, self.tier)
-
-    @property
-    def _cache(self) -> Cache:
-        return cast(Cache, self.tier)
-
-    def __repr__(self) -> str:
-        return f"<{type(self).__name__} {self.tier!r}>"
-
-
-WRITES = frozenset({"apply", "evict", "healed", "marks", "note_late", "tell"})
-"""Verbs that no reader waits for."""
-
-PATIENT = frozenset({"register_schema"})
-"""Verbs that take as long as there is to do; each statement of theirs has an end."""
 
 CLOSE_GRACE_S = 1.0
 """How long calls may still run once their tier is closed, which has waited for its own."""

@@ -14,9 +14,9 @@ from typing import Any, Final, ParamSpec, TypeVar
 
 from sync_engine.clock import COUNTER_BITS
 from sync_engine.errors import TierUnavailable
+from sync_engine.forward import Forwarding
 from sync_engine.item import Op
 from sync_engine.ports import Applied, Clock, Tier, Truth
-from sync_engine.resilience import Forwarding
 
 __all__ = ["MARGIN_MS", "Trust", "Trusted"]
 

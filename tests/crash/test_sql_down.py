@@ -14,7 +14,7 @@ from contextlib import asynccontextmanager
 import pytest
 
 from sync_engine import Ack, SubmitOptions, SyncEngine, SyncItem, TierUnavailable
-from sync_engine.resilience import BreakerPolicy
+from sync_engine.resilience import BreakerPolicy, RetryBudget
 from sync_engine.storage.sql.store import READERS
 
 from .rig import NO_L1, MakeRig, Rig, timed_ms, until, until_well
@@ -22,6 +22,7 @@ from .truths import ServerTruth, Truth, each_server, each_truth
 
 HURRIED = {"sql_timeout_ms": 100, "batch_flush_ms": 0}
 BREAKER = BreakerPolicy()
+BUDGET = RetryBudget()
 
 
 # 8: killed
@@ -261,13 +262,15 @@ async def test_I3_a_flapping_database_costs_a_bounded_number_of_attempts(make_ri
             rig.figures.faults += 1
             await asyncio.sleep(0.5)
         attempts, lasted_s = _attempts(truth) - attempts, time.monotonic() - begun_s
+        retries = engine.stats().lanes["l3"].retries
         working.cancel()
         await asyncio.wait({working})
         await engine.flush()
         await until_well(engine)
         await rig.read_back(engine)
-    counted = f"{attempts / lasted_s:.1f} connections a second" if isinstance(truth, ServerTruth) else ""
-    rig.figures.tell("24 SQL flaps once a second", counted)
+    counted = f", {attempts / lasted_s:.1f} connections" if isinstance(truth, ServerTruth) else ""
+    rig.figures.tell("24 SQL flaps once a second", f"{retries / lasted_s:.1f} retries{counted} a second")
+    assert 0 < retries <= BUDGET.burst + lasted_s * BUDGET.per_s
     # Each time the connections that there are, and what fails of them as often as a breaker allows.
     assert attempts <= times * (READERS + 1 + BREAKER.failures_max) + lasted_s / BREAKER.rest_s
 

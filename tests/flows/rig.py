@@ -13,8 +13,8 @@ from typing import Any, ParamSpec, TypeVar
 
 from sync_engine import NotRunning, SubmitOptions, SyncEngine, SyncEngineConfig, SyncItem
 from sync_engine.clock import SystemClock
+from sync_engine.forward import Forwarding
 from sync_engine.ports import Tier
-from sync_engine.resilience import Forwarding
 from sync_engine.storage.redis import RedisStore
 from sync_engine.storage.sql import SqlStore
 

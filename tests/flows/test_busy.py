@@ -10,8 +10,8 @@ from typing import Any, ParamSpec, TypeVar
 import pytest
 
 from sync_engine import Ack, SubmitOptions, SyncEngine, SyncItem, TierUnavailable
+from sync_engine.forward import Forwarding
 from sync_engine.ports import Tier
-from sync_engine.resilience import Forwarding
 
 from .rig import CACHE, DURABLE, Rig
 

@@ -24,10 +24,10 @@ from sync_engine import (
     TierUnavailable,
 )
 from sync_engine.config import AT_RUN_TIME
+from sync_engine.forward import Forwarding
 from sync_engine.item import Op
 from sync_engine.late import Late
 from sync_engine.ports import Applied, Tier
-from sync_engine.resilience import Forwarding
 from sync_engine.testing.fixtures import StartKind
 from sync_engine.testing.tiers import MemoryTier
 from sync_engine.write.batcher import BACKLOG_TIMES

@@ -13,9 +13,9 @@ from collections.abc import Sequence
 import pytest
 
 from sync_engine import Ack, InvalidId, InvalidItem, NotRunning, StoreError, SubmitOptions, SyncItem, TierUnavailable
+from sync_engine.forward import Forwarding
 from sync_engine.item import Op
 from sync_engine.ports import Applied
-from sync_engine.resilience import Forwarding
 from sync_engine.testing.tiers import Breaking, Refusing
 
 from .rig import CACHE, DURABLE, Held, Rig, on

@@ -27,10 +27,10 @@ from sync_engine import (
     VersionConflict,
 )
 from sync_engine.clock import Stamps, SystemClock
+from sync_engine.forward import Forwarding
 from sync_engine.item import Op
 from sync_engine.late import Late
 from sync_engine.ports import Applied, Tier
-from sync_engine.resilience import Forwarding
 from sync_engine.storage.sql import store as sql_store
 from sync_engine.storage.sql.sqlite import meaning
 from sync_engine.testing.tiers import Refusing

@@ -19,7 +19,7 @@ from sync_engine import (
 from sync_engine.clock import SystemClock
 from sync_engine.item import Op
 from sync_engine.ports import Applied
-from sync_engine.resilience import RetryPolicy
+from sync_engine.resilience import Retries, RetryPolicy
 from sync_engine.storage.redis import RedisStore
 from sync_engine.storage.sql import SqlStore
 from sync_engine.testing.fixtures import StartRedis
@@ -177,7 +177,7 @@ async def test_I1_a_write_left_out_for_one_that_skips_sql_leaves_a_tombstone_aga
         lambda op: op.sql,
         erases_blindly=False,
         retry=RetryPolicy(),
-        clock=SystemClock(),
+        retries=Retries(SystemClock()),
     )
     older, newer, other = (
         Entry(Op(kind="put", object_id=object_id, stamp=stamp, item=SyncItem(object_id, b"x", stamp=stamp), sql=sql))

@@ -19,6 +19,8 @@ from sync_engine.resilience import (
     BreakerPolicy,
     Circuit,
     Guarded,
+    Retries,
+    RetryBudget,
     RetryPolicy,
     allow,
     on_abandoned,
@@ -211,6 +213,87 @@ async def test_a_cancelled_retry_ends() -> None:
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
+
+
+# The budget of retries
+
+
+class Leaping(VirtualClock):
+    """Who sleeps is alone, and wakes at once, later."""
+
+    async def sleep(self, seconds: float, /) -> None:
+        self.advance(seconds)
+
+
+async def test_the_budget_lets_a_burst_through_and_the_rest_at_its_pace() -> None:
+    clock = Leaping()
+    retries = Retries(clock, RetryBudget(per_s=2, burst=3))
+    begun_s, at_s = clock.monotonic(), []
+    for _ in range(7):
+        await retries.wait(0)
+        at_s.append(clock.monotonic() - begun_s)
+    assert at_s == pytest.approx([0, 0, 0, 0.5, 1, 1.5, 2])
+    assert retries.count == 7
+
+
+async def test_who_waits_for_the_budget_is_served_in_order_and_none_is_kept_out() -> None:
+    clock = VirtualClock()
+    retries = Retries(clock, RetryBudget(per_s=1, burst=1))
+    served: list[int] = []
+
+    async def retry(number: int) -> None:
+        await retries.wait(0)
+        served.append(number)
+
+    waiting = [asyncio.create_task(retry(number)) for number in range(5)]
+    await clock.run_for(3.5)
+    assert served == [0, 1, 2, 3]
+    await clock.run_for(1)
+    assert served == [0, 1, 2, 3, 4]
+    await asyncio.gather(*waiting)
+
+
+async def test_an_idle_budget_fills_up_to_its_burst_and_no_further() -> None:
+    clock = Leaping()
+    retries = Retries(clock, RetryBudget(per_s=1, burst=2))
+    clock.advance(3600)
+    begun_s = clock.monotonic()
+    for _ in range(4):
+        await retries.wait(0)
+    assert clock.monotonic() - begun_s == pytest.approx(2)
+
+
+@given(st.lists(st.tuples(st.floats(0, 3), st.floats(0, 1)), max_size=60), st.floats(0.1, 50), st.integers(1, 20))
+def test_no_pattern_of_failures_gets_more_retries_than_the_budget(
+    pattern: list[tuple[float, float]], per_s: float, burst: int
+) -> None:
+    """A tier that answers now and then lets every policy begin anew: the waits are short, the budget is not."""
+
+    async def lived() -> None:
+        clock = Leaping()
+        retries = Retries(clock, RetryBudget(per_s, burst))
+        at_s: list[float] = []
+        for idle_s, wait_s in pattern:
+            clock.advance(idle_s)
+            await retries.wait(wait_s)
+            at_s.append(clock.monotonic())
+        longest_s = max((wait_s for _, wait_s in pattern), default=0)
+        for first, begun_s in enumerate(at_s):
+            for last, ended_s in enumerate(at_s[first:], first):
+                # Within any time: what may have been saved up by then, and what has come in since the first wait began.
+                assert last - first + 1 <= burst + (ended_s - begun_s + longest_s) * per_s + 1e-6
+
+    asyncio.run(lived())
+
+
+async def test_a_wait_keeps_its_jitter_when_the_budget_adds_to_it() -> None:
+    """Engines that fail at one moment must not come back at one moment, budget or not."""
+    clock = Leaping()
+    retries = Retries(clock, RetryBudget(per_s=1, burst=1))
+    await retries.wait(0)
+    begun_s = clock.monotonic()
+    await retries.wait(0.3)
+    assert clock.monotonic() - begun_s == pytest.approx(1.3)
 
 
 # Guarded

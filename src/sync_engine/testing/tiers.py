@@ -15,9 +15,9 @@ from typing import Any, Literal, ParamSpec, TypeVar
 
 from sync_engine.clock import SystemClock
 from sync_engine.errors import StoreError, SyncEngineError, TierUnavailable, VersionConflict
+from sync_engine.forward import Forwarding
 from sync_engine.item import Op, SyncItem, check_id
 from sync_engine.ports import Applied, CacheFacts, Changes, Clock, Fetched, Mark, Memory, Tier
-from sync_engine.resilience import Forwarding
 from sync_engine.schema import check_schema
 
 __all__ = ["UPKEEP", "Breaking", "Counting", "Deaf", "MemoryTier", "Refusing", "Slow"]

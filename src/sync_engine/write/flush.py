@@ -14,8 +14,8 @@ from typing import Protocol
 
 from sync_engine.errors import DiskFull, StoreError, TierUnavailable
 from sync_engine.item import Op
-from sync_engine.ports import Applied, Clock, Tier, together
-from sync_engine.resilience import RetryPolicy, retrying
+from sync_engine.ports import Applied, Tier, together
+from sync_engine.resilience import Retries, RetryPolicy, retrying
 from sync_engine.write.batcher import Batcher
 from sync_engine.write.pending import Entry
 
@@ -94,15 +94,15 @@ class Lane:
         *,
         erases_blindly: bool,
         retry: RetryPolicy,
-        clock: Clock,
+        retries: Retries,
     ) -> None:
         self.tier = tier
         self.batcher = batcher
+        self.retries = retries
         self._carrier = carrier
         self._keeps = keeps
         self._erases_blindly = erases_blindly
         self._retry = retry
-        self._clock = clock
         self.trouble: str | None = None
         """Why the batch at hand is being retried; None while all is well."""
 
@@ -127,7 +127,7 @@ class Lane:
 
     async def _flush(self, batch: Sequence[Entry]) -> tuple[Plan, Applied]:
         """Apply one batch, as often as it takes: applying it again changes nothing."""
-        answer: tuple[Plan, Applied] = await retrying(self._retry, self._clock.sleep, on=self._unavailable)(
+        answer: tuple[Plan, Applied] = await retrying(self._retry, self.retries.wait, on=self._unavailable)(
             self._attempt, batch
         )
         if self.trouble is not None:

@@ -18,10 +18,10 @@ from typing import Any, Final, ParamSpec, TypeVar
 import msgspec
 
 from sync_engine.errors import NotRunning, StoreError, SyncEngineError, TierUnavailable
+from sync_engine.forward import Forwarding
 from sync_engine.item import Op
 from sync_engine.notes import Notes, _Noted
 from sync_engine.ports import Applied, Clock, Logged, Tier, together
-from sync_engine.resilience import Forwarding
 from sync_engine.testing.simulation.loop import SimulatedLoop
 from sync_engine.testing.tiers import MemoryTier
 from sync_engine.write.quarantine import Quarantine, Quarantined
