@@ -29,6 +29,7 @@ from bench import (
     redis_scans,
     redis_states,
     redis_writes,
+    sql_drivers,
     sql_writes,
 )
 from bench.harness import Answer, Stage
@@ -47,6 +48,7 @@ QUESTIONS: Mapping[str, Callable[[Stage], Awaitable[list[Answer]]]] = {
     "log_writes": log_writes.ask,
     "log_latency": log_latency.ask,
     "sql_writes": sql_writes.ask_all,
+    "sql_drivers": sql_drivers.ask,
     "end_to_end": end_to_end.ask,
     "end_to_end_mariadb": end_to_end.ask_mariadb,
     "end_to_end_postgresql": end_to_end.ask_postgresql,

@@ -15,7 +15,19 @@ from sync_engine.storage.sql import SqlStore
 from sync_engine.storage.sql.rows import row_of
 from sync_engine.testing.databases import RunningDatabase, RunningMariaDB, RunningPostgres, ask
 
-__all__ = ["ask_all"]
+__all__ = [
+    "COLUMNS",
+    "NAMES",
+    "TYPES",
+    "CopyMerge",
+    "Driven",
+    "MariaMany",
+    "MultiRow",
+    "Unnest",
+    "ask_all",
+    "mariadb",
+    "postgresql",
+]
 
 ITEMS = 20_000
 CHUNK = 1_000
@@ -33,8 +45,8 @@ async def ask_all(stage: Stage) -> list[Answer]:
     answers: list[Answer] = []
     for what, opened, kinds in (
         ("SQLite", _file, (ExecuteMany,)),
-        ("MariaDB", _mariadb, (MultiRow, MariaMany)),
-        ("PostgreSQL", _postgresql, (Unnest, CopyMerge)),
+        ("MariaDB", mariadb, (MultiRow, MariaMany)),
+        ("PostgreSQL", postgresql, (Unnest, CopyMerge)),
     ):
         async with opened(stage) as (url, pids):
             contenders = [kind(what, url, data) for kind in (Store, *kinds)]
@@ -146,6 +158,7 @@ class MultiRow(Driven):
     """asyncmy's ``execute`` of a VALUES of 1,000 rows at a time."""
 
     title = "asyncmy, VALUES of 1,000 rows"
+    chunk = CHUNK
 
     async def _connected(self, asked: dict[str, Any]) -> Any:
         import asyncmy
@@ -157,7 +170,7 @@ class MultiRow(Driven):
         row = f"({', '.join(['%s'] * len(NAMES))})"
         await self._connection.begin()
         async with self._connection.cursor() as cursor:
-            for chunk in batches(self._rows, CHUNK):
+            for chunk in batches(self._rows, self.chunk):
                 rows = ", ".join([row] * len(chunk))
                 await cursor.execute(
                     f"INSERT INTO sync_items ({COLUMNS}) VALUES {rows} ON DUPLICATE KEY UPDATE {taken}",
@@ -190,6 +203,7 @@ class Unnest(Driven):
     """asyncpg and a column of arrays per 1,000 rows."""
 
     title = "asyncpg, unnest of 1,000 rows"
+    chunk = CHUNK
 
     async def _connected(self, asked: dict[str, Any]) -> Any:
         import asyncpg
@@ -200,7 +214,7 @@ class Unnest(Driven):
         taken = ", ".join(f"{name} = excluded.{name}" for name in NAMES[1:])
         arrays = ", ".join(f"${number}::{kind}[]" for number, kind in enumerate(TYPES, 1))
         async with self._connection.transaction():
-            for chunk in batches(self._rows, CHUNK):
+            for chunk in batches(self._rows, self.chunk):
                 await self._connection.execute(
                     f"INSERT INTO sync_items ({COLUMNS}) SELECT * FROM unnest({arrays}) "
                     f"ON CONFLICT (id) DO UPDATE SET {taken}",
@@ -246,5 +260,5 @@ def _server(make: Callable[[], RunningDatabase]) -> Callable[[Stage], Any]:
     return opened
 
 
-_mariadb = _server(lambda: RunningMariaDB(durable=True, settings=["--innodb-buffer-pool-size=256M"]))
-_postgresql = _server(lambda: RunningPostgres(durable=True))
+mariadb = _server(lambda: RunningMariaDB(durable=True, settings=["--innodb-buffer-pool-size=256M"]))
+postgresql = _server(lambda: RunningPostgres(durable=True))

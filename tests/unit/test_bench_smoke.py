@@ -41,6 +41,8 @@ def test_every_question_is_answered_in_a_quick_run() -> None:
         "1,000 operations, new writes flowing, Redis + SQLite",
         "1,000 operations, new writes flowing, Redis + MariaDB",
         "1,000 operations, new writes flowing, Redis + PostgreSQL",
+        "the driver alone: MariaDB",
+        "the driver alone: PostgreSQL",
         "cost per",
     ):
         assert any(asked in answer for answer in answers), said.stdout
