@@ -52,7 +52,7 @@ async def test_I6_Q21_a_state_is_emptied_in_every_tier_and_nothing_else_is_touch
         assert engine.stats().l1.items == len(kept)
 
 
-async def test_R10_R11_a_prefix_is_plain_text_and_its_neighbours_stay(rig: Rig) -> None:
+async def test_R10_R11_G55_a_prefix_is_plain_text_and_its_neighbours_stay(rig: Rig) -> None:
     ids = ["a%", "a%b", "A%", "aXb", "a*", "a[b]", "a", "state", "merkle", "cd", "b"]
     async with rig.engine(enable_cdc_stream=True) as engine:
         await engine.submit_many([item(each) for each in ids], ack=Ack.STORED)

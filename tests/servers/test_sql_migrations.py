@@ -55,6 +55,21 @@ async def indexes(url: str) -> set[str]:
     return {str(name) for (name,) in await ask(url, asked[url.partition(":")[0]])}
 
 
+async def test_Q19_tables_of_other_databases_on_the_server_are_none_of_ours(mariadb_server: RunningMariaDB) -> None:
+    """The original asked the whole server whether there is a table, and then missed the one in its own database."""
+    other, ours = await mariadb_server.database(), await mariadb_server.database()
+    await ask(other, "CREATE TABLE sync_items (id INT PRIMARY KEY, nothing_of_ours INT)")
+    await ask(other, "CREATE TABLE sync_meta (whatever INT)")
+    store = await SqlStore.connect(ours)
+    try:
+        assert store.tables_made
+        await store.apply([put("a", 1)])
+        assert await store.count() == 1
+    finally:
+        await store.close()
+    assert await ask(other, "SELECT count(*) FROM sync_items") == [(0,)]
+
+
 @pytest.mark.parametrize("columns", [0, 2, 4])
 async def test_Q16_a_table_of_the_original_is_adopted_with_its_rows(sql_url: str, columns: int) -> None:
     await ask(sql_url, create(sql_url, columns))
