@@ -21,7 +21,7 @@ from redis.exceptions import ResponseError
 
 from sync_engine import Ack, ContentType, PayloadTooLarge, SubmitOptions, SyncEngine, SyncItem, TierUnavailable
 from sync_engine.item import Op
-from sync_engine.resilience import BreakerPolicy
+from sync_engine.resilience import BreakerPolicy, RetryBudget
 from sync_engine.storage.redis import CdcEntry, ChangeStream, RedisStore
 from sync_engine.storage.redis.cdc import Gap
 from sync_engine.storage.redis.pool import CONNECTIONS_MAX
@@ -439,6 +439,7 @@ async def _values(store: RedisStore, names: Iterable[str]) -> dict[str, bytes]:
 
 
 BREAKER = BreakerPolicy()
+BUDGET = RetryBudget()
 
 
 ORDERS = (("redis",), ("sql",), ("redis", "sql"), ("sql", "redis"))
@@ -527,7 +528,7 @@ async def test_I3_a_flapping_redis_costs_a_bounded_number_of_connections_and_not
         async with SyncEngine(rig.config(**QUICK, **NO_L1)) as engine:
             await rig.work(engine)
             await engine.flush()
-            before = proxy.connections
+            before, begun_s = proxy.connections, time.monotonic()
             times = 5 if thorough(server.kind) else 2
             working = asyncio.create_task(rig.work(engine, moves=50 * times))
             for _ in range(times):
@@ -537,11 +538,14 @@ async def test_I3_a_flapping_redis_costs_a_bounded_number_of_connections_and_not
                 proxy.heal()
                 await asyncio.sleep(0.5)
             opened = proxy.connections - before
+            retries, lasted_s = engine.stats().lanes["l2"].retries, time.monotonic() - begun_s
             await working
             await engine.flush()
             await until_well(engine)
             await rig.read_back(engine)
-    rig.figures.tell(f"24 Redis flaps, {server.kind}", f"{opened / times:.1f} connections each time")
+    told = f"{opened / times:.1f} connections each time, {retries / lasted_s:.1f} retries a second"
+    rig.figures.tell(f"24 Redis flaps, {server.kind}", told)
+    assert retries <= BUDGET.burst + lasted_s * BUDGET.per_s
     # Each time a pool at most, and what fails of it as often as a breaker allows.
     assert opened <= times * (CONNECTIONS_MAX + BREAKER.failures_max)
 
