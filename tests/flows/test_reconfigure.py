@@ -17,6 +17,7 @@ from sync_engine import (
     Backpressure,
     ConfigError,
     PayloadTooLarge,
+    StoreError,
     SubmitOptions,
     SyncEngine,
     SyncEngineConfig,
@@ -32,7 +33,7 @@ from sync_engine.testing.fixtures import StartKind
 from sync_engine.testing.tiers import MemoryTier
 from sync_engine.write.batcher import BACKLOG_TIMES
 
-from .rig import Held, Rig, on, until
+from .rig import Held, Rig, on, soon, until
 
 OTHER: dict[str, Any] = {
     "backpressure_critical": 0.8,
@@ -358,3 +359,43 @@ async def test_an_attempt_under_way_does_not_bring_the_old_way_back() -> None:
     await call
     assert made == ["old", "new"], "what was connected to in the old way is closed again"
     await late.close()
+
+
+class Closing(MemoryTier):
+    """A tier whose close waits to be let go, and may fail."""
+
+    def __init__(self, failure: Exception | None = None) -> None:
+        super().__init__("l2")
+        self.go = asyncio.Event()
+        self._failure = failure
+
+    async def close(self) -> None:
+        await self.go.wait()
+        await super().close()
+        if self._failure is not None:
+            raise self._failure
+
+
+async def test_a_tier_that_fails_to_close_is_told_once_those_before_it_are_closed() -> None:
+    """Raised at once, it left their connections to a task that nobody waited for."""
+    before, now = Closing(), Closing(StoreError("l2", "no"))
+    tiers = iter((before, now))
+
+    async def connect() -> Tier:
+        return next(tiers)
+
+    async def connected(_: Tier) -> None:
+        pass
+
+    late = Late("l2", connect, connected)
+    await late.ready()
+    late.replace(await late.another(connect), connect)
+    now.go.set()
+    closing = asyncio.create_task(late.close())
+    await until(lambda: now.closed)
+    await soon()
+    assert not closing.done()
+    before.go.set()
+    with pytest.raises(StoreError, match="no"):
+        await closing
+    assert before.closed
