@@ -28,9 +28,6 @@ ROUTES_VERSION: Final = "routes"
 """Name of another: it grows with every change of a route."""
 
 
-RANGES: Final = titles.RANGES
-
-
 class Said(NamedTuple):
     """A statement and the values bound in it; PostgreSQL binds whole columns."""
 
@@ -75,10 +72,14 @@ class Words(ABC):
         self._ids_in_state = self._page(titles.IDS_IN_STATE)
         self._count_state = self._sum(titles.COUNT_STATE)
         self._unstamped = self._page(titles.UNSTAMPED)
-        self._range = {shape: self._page(titles.RANGE, range=bounds) for shape, bounds in RANGES.items()}
-        self._ids_in_range = {shape: self._page(titles.IDS_IN_RANGE, range=bounds) for shape, bounds in RANGES.items()}
-        self._weighed = {shape: self._page(titles.WEIGHED, range=bounds) for shape, bounds in RANGES.items()}
-        self._count_range = {shape: self._sum(titles.COUNT_RANGE, range=bounds) for shape, bounds in RANGES.items()}
+        self._range = {shape: self._page(titles.RANGE, range=bounds) for shape, bounds in titles.RANGES.items()}
+        self._ids_in_range = {
+            shape: self._page(titles.IDS_IN_RANGE, range=bounds) for shape, bounds in titles.RANGES.items()
+        }
+        self._weighed = {shape: self._page(titles.WEIGHED, range=bounds) for shape, bounds in titles.RANGES.items()}
+        self._count_range = {
+            shape: self._sum(titles.COUNT_RANGE, range=bounds) for shape, bounds in titles.RANGES.items()
+        }
         told = [*self._each(self.changed_rows), self.changed_deletes]
         self._changed = self._marked(" UNION ALL ".join(told) + titles.CHANGED_ORDER)
         self.count = Said(self._sum(titles.COUNT))
@@ -251,13 +252,13 @@ class Words(ABC):
         return text
 
 
-def padded(ids: Sequence[str], most: int) -> list[str]:
-    """At most so many ids, filled up to a power of two or the most by repeating the last.
+def padded(values: Sequence[T], most: int) -> list[T]:
+    """At most so many values, filled up to a power of two or the most by repeating the last.
 
     Sizes come from a short list, so that few texts exist and a driver's statement cache knows them all.
     """
-    size = min(most, 1 << (len(ids) - 1).bit_length())
-    return [*ids, *([ids[-1]] * (size - len(ids)))]
+    size = min(most, 1 << (len(values) - 1).bit_length())
+    return [*values, *([values[-1]] * (size - len(values)))]
 
 
 def power_of_two(most: int) -> int:
