@@ -7,6 +7,7 @@ import logging
 import random
 import sqlite3
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,24 +17,31 @@ from sync_engine import (
     Ack,
     Backpressure,
     ConfigError,
+    NotRunning,
     PayloadTooLarge,
+    StopReport,
     StoreError,
     SubmitOptions,
     SyncEngine,
     SyncEngineConfig,
     SyncItem,
     TierUnavailable,
+    parts,
 )
 from sync_engine.config import AT_RUN_TIME
 from sync_engine.item import Op
 from sync_engine.late import Late
 from sync_engine.ports import Applied, Tier
 from sync_engine.resilience import Forwarding
-from sync_engine.testing.fixtures import StartKind
+from sync_engine.storage.sql import SqlStore
+from sync_engine.testing.fixtures import DATABASES, StartKind
+from sync_engine.testing.proxy import CuttingProxy
 from sync_engine.testing.tiers import MemoryTier
 from sync_engine.write.batcher import BACKLOG_TIMES
 
-from .rig import Held, Rig, on, soon, until
+from .rig import Held, Rig, on, others, soon, until
+
+SERVERS = {"mariadb": "mariadb_server", "postgresql": "postgres_server"}
 
 OTHER: dict[str, Any] = {
     "backpressure_critical": 0.8,
@@ -359,6 +367,78 @@ async def test_an_attempt_under_way_does_not_bring_the_old_way_back() -> None:
     await call
     assert made == ["old", "new"], "what was connected to in the old way is closed again"
     await late.close()
+
+
+@pytest.mark.parametrize("server", ["redis", *DATABASES])
+async def test_stop_does_not_wait_for_a_server_that_reconfigure_connects_to(
+    rig: Rig, server: str, request: pytest.FixtureRequest
+) -> None:
+    """It may be ten minutes until a server that has accepted a connection is given up."""
+    before = others()
+    running = None if server == "redis" else request.getfixturevalue(SERVERS[server])
+    url = rig.redis_url if running is None else await running.database()
+    async with CuttingProxy(url) as proxy:
+        through = {"redis_url" if running is None else "sql_url": proxy.url_for(url)}
+        names = ("redis_timeout_ms", "redis_response_timeout_ms") if running is None else ("sql_timeout_ms",)
+        change = dict.fromkeys(names, 600_000)
+        engine = rig.engine(redis=running is None, **through)
+        await engine.start()
+        config = engine.config
+        await engine.submit(SyncItem("a", b"x"), ack=Ack.STORED)
+        here = proxy.connections
+        proxy.ignore_new()
+        changing = asyncio.create_task(engine.reconfigure(batch_flush_ms=1, **change))
+        await until(lambda: proxy.connections > here)
+        another = asyncio.create_task(engine.reconfigure(**change))
+        await soon()
+        async with asyncio.timeout(30):
+            assert await engine.stop() == StopReport(0, 0)
+        for told in (changing, another):
+            with pytest.raises(NotRunning, match="is being stopped"):
+                await told
+        assert engine.config is config
+        proxy.heal()
+        await until(lambda: others() <= before and "| 0 connections open" in repr(proxy))
+        await engine.reconfigure(**change)
+        async with engine:
+            assert await engine.get("a") is not None
+    if running is not None:
+        await running.drop(url)
+
+
+async def test_what_reconfigure_connects_to_after_a_stop_is_closed_again(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parts, "GIVE_UP_S", 0.01)
+    before = others()
+    begun, go = asyncio.Event(), asyncio.Event()
+    made: list[SqlStore] = []
+    connect = SqlStore.connect
+
+    async def late(url: str, **options: Any) -> SqlStore:
+        if options["timeout_ms"] == 700:
+            begun.set()
+            while not go.is_set():
+                with suppress(asyncio.CancelledError):  # as a driver may that is cancelled just then
+                    await go.wait()
+        made.append(await connect(url, **options))
+        return made[-1]
+
+    monkeypatch.setattr(SqlStore, "connect", late)
+    engine = rig.engine(redis=False)
+    await engine.start()
+    changing = asyncio.create_task(engine.reconfigure(sql_timeout_ms=700))
+    await begun.wait()
+    await engine.stop()
+    with pytest.raises(NotRunning):
+        await changing
+    assert len(made) == 1
+    go.set()
+    await until(lambda: others() <= before)
+    assert len(made) == 2
+    for store in made:
+        with pytest.raises(TierUnavailable, match="closed"):
+            await store.count()
 
 
 class Closing(MemoryTier):
