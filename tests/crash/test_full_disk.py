@@ -162,6 +162,26 @@ async def test_SQLite_on_the_same_full_disk_lives_on_the_reserve(disk: Path, cap
     assert not (disk / "data" / "log" / "reserve").exists(), "a clean end needs none"
 
 
+async def test_what_was_accepted_in_memory_alone_is_given_the_reserve_too(disk: Path) -> None:
+    # The log had nothing to drain, so it took the reserve back at once, and SQLite never saw it.
+    sql = disk / "data" / "truth.db"
+    async with SyncEngine(config(disk / "data", sql, wal_reserve_bytes=RESERVE)) as engine:
+        ids = [f"k.{n:03}" for n in range(IDS)]
+        await engine.submit_many([SyncItem(object_id, b"0" * 900) for object_id in ids])
+        await engine.flush()
+        for n in range(1, 4):
+            items = [SyncItem(object_id, b"%d" % n * 900) for object_id in ids]
+            with filled(disk):
+                await engine.submit_many(items, ack=Ack.MEMORY)
+                assert engine.stats().log_records == 0
+                await engine.flush()
+                assert await _of_sql(sql, ids) == {item.object_id: item for item in items}
+            await engine.submit(items[0])
+            await engine.flush()
+            assert not (await engine.health()).warnings
+        assert (disk / "data" / "log" / "reserve").exists()
+
+
 async def test_without_the_reserve_SQLite_and_the_log_would_wait_for_each_other_for_ever(disk: Path) -> None:
     # Why there is one. Nothing is lost, but only room made by hand ends it.
     sql = disk / "data" / "truth.db"
