@@ -24,7 +24,8 @@ from sync_engine import Ack, DiskFull, SyncEngine, SyncEngineConfig, SyncItem, T
 from sync_engine.item import Op
 from sync_engine.storage.sql import SqlStore
 
-from .rig import MakeRig, until, write_locked
+from ..locks import write_locked
+from .rig import MakeRig, until
 
 MIB = 1024 * 1024
 RESERVE = MIB

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-import sqlite3
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -39,6 +38,8 @@ from sync_engine.testing.proxy import CuttingProxy
 from sync_engine.testing.tiers import MemoryTier
 from sync_engine.write.batcher import BACKLOG_TIMES
 
+from ..locks import write_locked
+from ..settings import BATCH_MAX, change_settings
 from .rig import Held, Rig, on, others, soon, until
 
 SERVERS = {"mariadb": "mariadb_server", "postgresql": "postgres_server"}
@@ -241,26 +242,12 @@ async def test_23_a_hundred_reconfigurations_under_load_drop_nothing(rig: Rig, s
             for who in range(8):
                 group.create_task(write(who))
             for n in range(100):
-                count = rng.choice((1, 5, 50))
-                await engine.reconfigure(
-                    batch_flush_count=count,
-                    batch_flush_bytes=rng.choice((1, 1_000, 10**6)),
-                    batch_flush_ms=rng.choice((0, 1, 20)),
-                    wal_max_items=rng.choice((5, 50, 10**6)),
-                    pending_max_bytes=rng.choice((0, 2_000, 10**7)),
-                    l1_max_bytes=rng.choice((0, 2_000, 10**7)),
-                    backpressure_warn=rng.choice((0.1, 0.7)),
-                    default_ack=rng.choice(list(Ack)),
-                )
-                if n % 10 == 3:
-                    with pytest.raises(ConfigError):
-                        await engine.reconfigure(batch_flush_count=50, batch_flush_ms=-1)
-                assert engine.config.batch_flush_count == count
+                await change_settings(engine, rng, n)
                 await asyncio.sleep(rng.random() * 0.01)
             done.set()
         await engine.reconfigure(pending_max_bytes=10**6, l1_max_bytes=10**6)
         await rig.check(engine, model)
-        assert max(sizes) <= 50 * BACKLOG_TIMES
+        assert max(sizes) <= BATCH_MAX * BACKLOG_TIMES
         assert engine.stats().quarantined == 0
 
 
@@ -304,11 +291,9 @@ async def test_a_shorter_time_out_counts_from_the_next_call_on(rig: Rig) -> None
     async with rig.engine(redis=False, sql_timeout_ms=600_000) as engine:
         await engine.submit(SyncItem("a", b"x"), ack=Ack.STORED)
         await engine.reconfigure(sql_timeout_ms=1)
-        other = sqlite3.connect(rig.path / "truth.db", isolation_level=None)
-        other.execute("BEGIN IMMEDIATE")
-        await engine.submit(SyncItem("a", b"y"))
-        await until(lambda: engine.stats().lanes["l3"].trouble is not None)
-        other.close()
+        with write_locked(rig.path / "truth.db"):
+            await engine.submit(SyncItem("a", b"y"))
+            await until(lambda: engine.stats().lanes["l3"].trouble is not None)
         await engine.flush()
         assert (await engine.status("a")).l3
 
