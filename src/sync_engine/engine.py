@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -92,11 +93,12 @@ class SyncEngine:
         The report says how many operations were left in the log, and how many that skip SQL (and are
         therefore in no log) were lost. Does nothing if not running.
         """
-        async with self._turn:
-            self._running, self._why_not = None, "it has been stopped"
-            parts, self._parts = self._parts, None
-            await self._loads.aclose()
-            return await parts.close(timeout) if parts is not None else StopReport(0, 0)
+        with nullcontext() if self._parts is None else self._parts.leaving():
+            async with self._turn:
+                self._running, self._why_not = None, "it has been stopped"
+                parts, self._parts = self._parts, None
+                await self._loads.aclose()
+                return await parts.close(timeout) if parts is not None else StopReport(0, 0)
 
     async def __aenter__(self) -> SyncEngine:
         await self.start()
@@ -317,8 +319,8 @@ class SyncEngine:
         """Change settings at run time, all of them or, where it raises, none; ``config`` shows the new ones.
 
         docs/operations.md says which may change. The others need a restart: ``ConfigError``. Time-outs take new
-        connections; ``TierUnavailable`` where they cannot be had. An engine that does not run takes all up when it
-        starts.
+        connections: ``TierUnavailable`` where they cannot be had, ``NotRunning`` where the engine is stopped meanwhile.
+        An engine that does not run takes all up when it starts.
         """
         async with self._turn:  # not between a start's reading of the settings and its end
             config = self.config.changed(**changes)

@@ -78,10 +78,10 @@ class Late(Forwarding):
                 await tier.close()
             except SyncEngineError as failed:
                 failure = failed  # the others are closed all the same
-        if failure is not None:
-            raise failure
         if self._closing:
             await asyncio.wait(self._closing)
+        if failure is not None:
+            raise failure
 
     async def _through(self, verb: Callable[P, Coroutine[Any, Any, R]], *args: P.args, **kwargs: P.kwargs) -> R:
         if not self._here:

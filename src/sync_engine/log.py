@@ -58,6 +58,7 @@ class WriteAheadLog:
         self._scheduled: asyncio.Handle | None = None
         self._rotating = False
         self._starved = False
+        self._cramped = False
         self._closing: asyncio.Future[None] | None = None
         self._writer = Writer(
             folder,
@@ -145,8 +146,14 @@ class WriteAheadLog:
 
         Nothing is accepted from then on until it is back, which is tried with whatever else there is to do.
         """
-        self._work.relieve = True
+        self._work.relieve = self._cramped = True
         self._schedule(soon=True)
+
+    def relieved(self) -> None:
+        """He has got through with something; until here he may need it although no record waits for him."""
+        if self._cramped:
+            self._cramped = False
+            self._schedule()
 
     @property
     def full(self) -> bool:
@@ -196,7 +203,7 @@ class WriteAheadLog:
             self._scheduled = None
         work, self._work = self._work, Work()
         work.oldest = self._segments[0].first_seq if self._segments else 0
-        work.unsettled = self._unsettled
+        work.draining = self._cramped or self._unsettled > 0
         self._writer.submit(work)
 
     def _hear(self, outcome: Outcome) -> None:

@@ -46,7 +46,7 @@ class Append(msgspec.Struct, eq=False):
 class Work:
     """What the loop hands over in one tick. ``oldest`` is the first record of the oldest segment that stays.
 
-    ``unsettled`` records are known to it; ``relieve``: the reserve is needed.
+    ``draining``: somebody has still to take something, from the log or past it; ``relieve``: he needs the reserve.
     """
 
     appends: list[Append] = field(default_factory=list)
@@ -54,7 +54,7 @@ class Work:
     doomed: list[Path] = field(default_factory=list)
     oldest: int = 0
     rotate: bool = False
-    unsettled: int = 0
+    draining: bool = False
     relieve: bool = False
 
 
@@ -107,7 +107,7 @@ class Writer(threading.Thread):
         self._doomed: deque[Path] = deque()
         self._rotate = False
         self._relieve = False
-        self._unsettled = 0
+        self._draining = False
         self._trouble = ""  # why groups are not written, as it was logged
         self._stopping = False
         # The active segment: -1 while there is none, which is how a run begins and what a failed sync leaves.
@@ -164,7 +164,7 @@ class Writer(threading.Thread):
             self._oldest = max(self._oldest, work.oldest)
             self._rotate |= work.rotate
             self._relieve |= work.relieve
-            self._unsettled = work.unsettled
+            self._draining = work.draining
 
     def _group(self) -> list[Append]:
         group: list[Append] = []
@@ -189,7 +189,7 @@ class Writer(threading.Thread):
         reserve = self._folder.reserve
         if reserve.held:
             return True
-        if not reserve.make(room=reserve.size if self._unsettled else 0):
+        if not reserve.make(room=reserve.size if self._draining else 0):
             return False
         logger.warning("log %s: the disk has room again", self._folder.path)
         return True
@@ -351,7 +351,7 @@ class Writer(threading.Thread):
 
     def _finish(self) -> None:
         """Write the last marks, and sync them: a clean end leaves nothing to replay, and needs no reserve."""
-        if not self._unsettled:
+        if not self._draining:
             self._folder.reserve.give_up()
         if self._fd < 0 or self._header.durable_upto == self._end:
             return

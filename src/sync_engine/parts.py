@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence, Set
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar, cast
@@ -56,6 +56,11 @@ PRESSED: Mapping[Level, str] = {
     "refuse": "writes are slowed, and what no log holds waits",
 }
 
+
+LEAVING = "the engine is being stopped"
+
+GIVE_UP_S = 1.0
+"""How long a stop waits for new connections that it has cut short: usually a moment, but a server may say nothing."""
 
 REFUSALS_AT_ONCE = 200
 """Refused operations that are sent again with one append to the log: whole items, of whatever size."""
@@ -114,6 +119,9 @@ class Parts:
         self._failed = failed
         self._opened = opened
         self.refusals = Refusals(quarantine, pending, writes, l3, cast(Cache | None, l2), most=REFUSALS_AT_ONCE)
+        self._attempt: asyncio.Future[dict[Link, Tier | None]] | None = None
+        self._given_up: set[asyncio.Task[None]] = set()
+        self._leaving = 0
         self._lanes = [lane for lane in (writes.truth, writes.cache) if lane is not None]
         self._supervisor = asyncio.get_running_loop().create_task(self._supervise(), name="sync-engine lanes")
 
@@ -172,18 +180,40 @@ class Parts:
     async def reconnect(self, config: SyncEngineConfig, changed: Set[str]) -> dict[Link, Tier | None]:
         """Connect anew where a setting that changed needs it, beside what is in use; for ``retune``.
 
-        None stands for a tier that is not connected yet. Raises what connecting raises; then nothing has changed.
+        None stands for a tier that is not connected yet. Raises what connecting raises, and ``NotRunning`` where the
+        engine is stopped meanwhile; then nothing has changed.
         """
-        fresh: dict[Link, Tier | None] = {link: None for link in self._links if link.settings & changed}
+        links = [link for link in self._links if link.settings & changed]
+        if not links:
+            return {}
+        if self._leaving:
+            raise NotRunning(LEAVING)
+        attempt = asyncio.get_running_loop().create_task(_connected(links, config), name="sync-engine reconnect")
+        self._attempt = asyncio.shield(attempt)
         try:
-            while links := [link for link in fresh if fresh[link] is None and link.late.here]:
-                fresh[links[0]] = await links[0].late.another(partial(links[0].connect, config))
-        except BaseException:  # cancelled or failed alike: nobody else would close them
-            for tier in fresh.values():
-                if tier is not None:
-                    await tier.close()
-            raise
-        return fresh
+            return await self._attempt
+        except asyncio.CancelledError:
+            # Not awaited: what is to be closed may first have to hear from a server that says nothing.
+            given_up = asyncio.get_running_loop().create_task(_given_up(attempt), name="sync-engine reconnect's end")
+            self._given_up.add(given_up)
+            given_up.add_done_callback(self._given_up.discard)
+            caller = asyncio.current_task()
+            if caller is not None and caller.cancelling():
+                raise
+            raise NotRunning(LEAVING) from None
+        finally:
+            self._attempt = None
+
+    @contextmanager
+    def leaving(self) -> Iterator[None]:
+        """Meanwhile ``reconnect`` raises, and so does the one under way: who stops an engine waits for no server."""
+        self._leaving += 1
+        if self._attempt is not None:
+            self._attempt.cancel()
+        try:
+            yield
+        finally:
+            self._leaving -= 1
 
     def retune(self, config: SyncEngineConfig, fresh: Mapping[Link, Tier | None]) -> None:
         """Take up what may change at run time, and what ``reconnect`` made, in one step of the event loop."""
@@ -278,6 +308,8 @@ class Parts:
         await asyncio.wait({self._supervisor})
         self.writes.abandon(NotRunning("the engine was stopped before the operation was in every tier"))
         await self.reader.aclose()
+        if self._given_up:
+            await asyncio.wait(self._given_up, timeout=GIVE_UP_S)
         await self._opened.aclose()
         # Counted last: the log writes what it was given before it closes.
         return StopReport(self.journal.unsettled if self.journal is not None else 0, self.writes.volatile)
@@ -300,6 +332,30 @@ class Parts:
 
     def __repr__(self) -> str:
         return " | ".join(map(repr, (self.l1, self.pending, *self._lanes)))
+
+
+async def _connected(links: Sequence[Link], config: SyncEngineConfig) -> dict[Link, Tier | None]:
+    fresh: dict[Link, Tier | None] = dict.fromkeys(links)
+    try:
+        while waiting := [link for link in fresh if fresh[link] is None and link.late.here]:
+            fresh[waiting[0]] = await waiting[0].late.another(partial(waiting[0].connect, config))
+    except BaseException:  # cancelled or failed alike: nobody else would close them
+        await _close(fresh)
+        raise
+    return fresh
+
+
+async def _given_up(attempt: asyncio.Task[dict[Link, Tier | None]]) -> None:
+    attempt.cancel()
+    await asyncio.wait({attempt})
+    if not attempt.cancelled() and attempt.exception() is None:
+        await _close(attempt.result())  # it had just been made
+
+
+async def _close(fresh: Mapping[Link, Tier | None]) -> None:
+    for tier in fresh.values():
+        if tier is not None:
+            await tier.close()
 
 
 async def _asked(question: Awaitable[R]) -> tuple[R | None, TierUnavailable | None]:

@@ -356,6 +356,10 @@ class Journal(Protocol):
         """Somebody without whom nothing is settled has no room on his disk: give up what is held back for him."""
         ...
 
+    def relieved(self) -> None:
+        """He has got through with something: what is held back may be had back."""
+        ...
+
 
 class Hot(Protocol):
     """L1: items in process memory, no I/O. Keeps what it likes, never more than its bound."""

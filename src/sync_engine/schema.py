@@ -6,16 +6,13 @@ import re
 from collections.abc import Iterable
 from typing import Final
 
-from sync_engine.errors import InvalidItem
-from sync_engine.item import RESERVED_PREFIXES
+from sync_engine.errors import InvalidId, InvalidItem
+from sync_engine.item import RESERVED_IDS, check_id
 
 __all__ = ["PREFIXES_MAX", "check_schema", "is_schema_name"]
 
 PREFIXES_MAX: Final = 1000
 """Most prefixes of one call: they are announced in one transaction, for which every writer waits."""
-
-PREFIX_CHARS_MAX: Final = 255
-"""As many as an id has."""
 
 
 def check_schema(name: object, prefixes: object) -> tuple[str, ...]:
@@ -43,16 +40,9 @@ def is_schema_name(name: object) -> bool:
 
 
 def _prefix(prefix: object) -> str:
-    if not isinstance(prefix, str):
-        raise InvalidItem("prefixes", f"a {type(prefix).__name__} among them", "must be of str")
-    if not 1 <= len(prefix) <= PREFIX_CHARS_MAX:
-        raise InvalidItem("prefixes", f"one of {len(prefix)} characters", f"must have 1 to {PREFIX_CHARS_MAX} each")
-    if "\0" in prefix:
-        raise InvalidItem("prefixes", "one with NUL", "must be plain text")
+    if isinstance(prefix, str) and prefix in RESERVED_IDS:
+        return prefix  # it is no id, but many may begin so
     try:
-        prefix.encode()
-    except UnicodeEncodeError:
-        raise InvalidItem("prefixes", "one with a surrogate", "must be valid UTF-8 text") from None
-    if prefix.startswith(RESERVED_PREFIXES):
-        raise InvalidItem("prefixes", repr(prefix), "is reserved: no id begins so")
-    return prefix
+        return check_id(prefix)
+    except InvalidId as bad:
+        raise InvalidItem("prefixes", f"among them {bad.shape}", bad.rule) from None

@@ -10,8 +10,8 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from sync_engine.storage.redis import RedisStore
 from sync_engine.storage.sql import SqlStore
 from sync_engine.testing.ackjournal import AckJournal
 
+from ..locks import write_locked
 from .driver import STATES, State, after, expected, move, told, work
 from .truths import ServerTruth, Truth
 
@@ -36,7 +37,6 @@ __all__ = [
     "timed_ms",
     "until",
     "until_well",
-    "write_locked",
 ]
 
 JOURNAL_WITHIN_S = 30.0
@@ -373,24 +373,9 @@ class Rig:
         self.journal.stop()
 
 
-@contextmanager
-def locked(rig: Rig) -> Iterator[sqlite3.Connection]:
+def locked(rig: Rig) -> AbstractContextManager[sqlite3.Connection]:
     """Somebody else holds the write lock of the truth."""
-    with write_locked(rig.data_dir / "truth.db") as other:
-        yield other
-
-
-@contextmanager
-def write_locked(path: Path) -> Iterator[sqlite3.Connection]:
-    """The same of any file."""
-    other = sqlite3.connect(path, isolation_level=None)
-    try:
-        other.execute("BEGIN IMMEDIATE")
-        yield other
-        if other.in_transaction:
-            other.execute("ROLLBACK")
-    finally:
-        other.close()
+    return write_locked(rig.data_dir / "truth.db")
 
 
 async def timed_ms(doing: Awaitable[object]) -> float:

@@ -7,7 +7,6 @@ import errno
 import os
 import shutil
 import signal
-import sqlite3
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,7 +24,7 @@ from sync_engine.storage.sql import SqlStore
 from sync_engine.testing.fixtures import StartRedis
 
 from .driver import STORED, flood_content
-from .rig import MakeRig, Rig
+from .rig import MakeRig, Rig, locked
 
 MIB = 1024 * 1024
 needs_strace = pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")
@@ -134,13 +133,11 @@ async def test_I3_a_byte_that_flipped_in_the_log_is_reported_and_costs_its_own_r
         items = [SyncItem(f"b.{n:03}", b"content of %d " % n * 5) for n in range(60)]
         engine = SyncEngine(rig.config(sql_timeout_ms=50))
         await engine.start()
-        other = sqlite3.connect(rig.data_dir / "truth.db", isolation_level=None)
-        other.execute("BEGIN IMMEDIATE")
-        for item in items:
-            await engine.submit(item)
-            rig.journal.write({"e": "ack", "id": item.object_id})
-        report = await engine.stop(timeout=0.01)
-        other.close()
+        with locked(rig):
+            for item in items:
+                await engine.submit(item)
+                rig.journal.write({"e": "ack", "id": item.object_id})
+            report = await engine.stop(timeout=0.01)
         assert report.left_in_log == len(items)
         (segment,) = (rig.data_dir / "log").glob("*.seg")
         at = HEADER_BYTES + int((segment.stat().st_size - HEADER_BYTES) * place)
@@ -169,11 +166,9 @@ async def test_an_item_kept_out_of_redis_stays_out_when_it_is_read_after_a_recov
     rig = make_rig()
     engine = SyncEngine(rig.config(sql_timeout_ms=50))
     await engine.start()
-    other = sqlite3.connect(rig.data_dir / "truth.db", isolation_level=None)
-    other.execute("BEGIN IMMEDIATE")
-    await engine.submit(SyncItem("a", b"in SQL alone"), SubmitOptions.durable())
-    assert (await engine.stop(timeout=0.01)).left_in_log == 1
-    other.close()
+    with locked(rig):
+        await engine.submit(SyncItem("a", b"in SQL alone"), SubmitOptions.durable())
+        assert (await engine.stop(timeout=0.01)).left_in_log == 1
     async with SyncEngine(rig.config()) as engine:
         await engine.flush()
     async with SyncEngine(rig.config()) as engine:
@@ -229,12 +224,10 @@ async def test_I10_a_flood_against_a_locked_truth_stays_within_the_memory_bound_
     rig.settings |= {"pending_max_bytes": bound, "l1_max_bytes": bound, "sql_timeout_ms": 50}
     async with SyncEngine(rig.config()):
         pass  # makes the table that is locked below
-    other = sqlite3.connect(rig.data_dir / "truth.db", isolation_level=None)
-    other.execute("BEGIN IMMEDIATE")
     count, size = 800, 256 * 1024
-    rig.start(flood={"count": count, "bytes_each": size, "tasks": 20})
-    (told,) = await rig.heard("flooded")
-    other.close()
+    with locked(rig):
+        rig.start(flood={"count": count, "bytes_each": size, "tasks": 20})
+        (told,) = await rig.heard("flooded")
     assert rig.drivers.ended() == STORED
     (down,) = [line for line in await rig.lines() if line["e"] == "down"]
     assert told["acked"] == count, "the log has room for all of it"

@@ -7,11 +7,13 @@ or the quarantine on the same one it is the reserve that they live on.
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import random
 import signal
 import sqlite3
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +24,8 @@ from sync_engine import Ack, DiskFull, SyncEngine, SyncEngineConfig, SyncItem, T
 from sync_engine.item import Op
 from sync_engine.storage.sql import SqlStore
 
-from .rig import MakeRig, until, write_locked
+from ..locks import write_locked
+from .rig import MakeRig, until
 
 MIB = 1024 * 1024
 RESERVE = MIB
@@ -160,6 +163,26 @@ async def test_SQLite_on_the_same_full_disk_lives_on_the_reserve(disk: Path, cap
     assert not (disk / "data" / "log" / "reserve").exists(), "a clean end needs none"
 
 
+async def test_what_was_accepted_in_memory_alone_is_given_the_reserve_too(disk: Path) -> None:
+    # The log had nothing to drain, so it took the reserve back at once, and SQLite never saw it.
+    sql = disk / "data" / "truth.db"
+    async with SyncEngine(config(disk / "data", sql, wal_reserve_bytes=RESERVE)) as engine:
+        ids = [f"k.{n:03}" for n in range(IDS)]
+        await engine.submit_many([SyncItem(object_id, b"0" * 900) for object_id in ids])
+        await engine.flush()
+        for n in range(1, 4):
+            items = [SyncItem(object_id, b"%d" % n * 900) for object_id in ids]
+            with filled(disk):
+                await engine.submit_many(items, ack=Ack.MEMORY)
+                assert engine.stats().log_records == 0
+                await engine.flush()
+                assert await _of_sql(sql, ids) == {item.object_id: item for item in items}
+            await engine.submit(items[0])
+            await engine.flush()
+            assert not (await engine.health()).warnings
+        assert (disk / "data" / "log" / "reserve").exists()
+
+
 async def test_without_the_reserve_SQLite_and_the_log_would_wait_for_each_other_for_ever(disk: Path) -> None:
     # Why there is one. Nothing is lost, but only room made by hand ends it.
     sql = disk / "data" / "truth.db"
@@ -208,6 +231,37 @@ async def test_while_the_reserve_is_given_up_nothing_is_accepted_and_health_says
         assert not (await engine.health()).warnings
 
 
+@pytest.mark.parametrize("code", [errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS], ids=errno.errorcode.get)
+async def test_where_the_file_system_cannot_allocate_the_reserve_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    # Some network file systems and some C libraries cannot; there the log had no reserve and accepted nothing.
+    def cannot(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "posix_fallocate", cannot)
+    size = RESERVE + 4_097
+    async with SyncEngine(config(tmp_path, tmp_path / "truth.db", wal_reserve_bytes=size)) as engine:
+        found = (tmp_path / "log" / "reserve").stat()
+        assert (found.st_size, found.st_blocks * 512 >= size) == (size, True)
+        await engine.submit(SyncItem("a", b"1"))
+        assert not (await engine.health()).warnings
+
+
+async def test_a_reserve_that_is_no_longer_wanted_gives_its_room_back(tmp_path: Path) -> None:
+    # What a kill, or a stop with records left, leaves of it. Nobody knew it any more, and it stayed for good.
+    sql, reserve = tmp_path / "truth.db", tmp_path / "log" / "reserve"
+    async with SyncEngine(config(tmp_path, sql, wal_reserve_bytes=RESERVE)) as engine:
+        with write_locked(sql):
+            await engine.submit(SyncItem("a", b"1"))
+            assert (await engine.stop(timeout=0)).left_in_log == 1
+    assert reserve.exists()
+    async with SyncEngine(config(tmp_path, sql, wal_reserve_bytes=0)) as engine:
+        assert not reserve.exists()
+        await engine.flush()
+        assert not (await engine.health()).warnings
+
+
 async def test_SQLite_gives_back_what_its_own_log_takes_when_the_disk_is_full(disk: Path) -> None:
     # It is emptied after 16 MiB only, which a small disk does not have: every later write failed.
     store = await SqlStore.connect(f"sqlite:///{disk / 'truth.db'}")
@@ -226,6 +280,57 @@ async def test_SQLite_gives_back_what_its_own_log_takes_when_the_disk_is_full(di
     found = await store.get_many([op.object_id for op in ops])
     assert {item.stamp for item in found.values()} == {99}
     await store.close()
+
+
+BEYOND_A_LIMIT = """
+import asyncio, resource, sys
+from sync_engine import DiskFull
+from sync_engine.item import Op, SyncItem
+from sync_engine.storage.sql import SqlStore
+
+def limit(bytes):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (bytes, resource.RLIM_INFINITY))  # Python ignores SIGXFSZ by itself
+
+def puts(stamp):
+    item = lambda id: SyncItem(id, bytes(900), stamp=stamp)
+    return [Op(kind="put", object_id=f"k{n:03}", stamp=stamp, item=item(f"k{n:03}")) for n in range(200)]
+
+async def main(url):
+    store = await SqlStore.connect(url)
+    await store.apply(puts(1))
+    limit(512 * 1024)
+    try:
+        for stamp in range(2, 100):
+            await store.apply(puts(stamp))
+    except DiskFull as full:
+        print(full, flush=True)
+    held = {item.stamp for item in await store.scan_prefix("k")}
+    assert held == {stamp - 1}, (held, stamp)
+    limit(resource.RLIM_INFINITY)
+    await store.apply(puts(stamp))
+    assert {item.stamp for item in await store.scan_prefix("k")} == {stamp}
+    await store.close()
+    print("went on", flush=True)
+
+asyncio.run(main(sys.argv[1]))
+"""
+
+
+async def test_a_limit_on_the_size_of_files_is_told_as_a_full_disk(tmp_path: Path) -> None:
+    # A quota, or `ulimit -f`: SQLite calls it an error of the disk, and what a full disk sets off was not done.
+    child = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-c",
+        BEYOND_A_LIMIT,
+        f"sqlite:///{tmp_path / 'truth.db'}",
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    told, failed = await child.communicate()
+    assert not failed.decode()
+    assert "SQLITE_IOERR_WRITE" in told.decode()
+    assert told.decode().endswith("went on\n")
 
 
 @pytest.mark.slow

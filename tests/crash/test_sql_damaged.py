@@ -11,10 +11,11 @@ from collections.abc import Sequence
 
 import pytest
 
-from sync_engine import Ack, ConfigError, ContentType, Corruption, PayloadTooLarge, SubmitOptions, SyncEngine, SyncItem
+from sync_engine import Ack, ContentType, Corruption, PayloadTooLarge, SubmitOptions, SyncEngine, SyncItem
 from sync_engine.storage.sql import SqlStore
 from sync_engine.testing.databases import ask
 
+from ..settings import change_settings
 from .driver import STORED, flood_content
 from .rig import NO_L1, MakeRig
 from .truths import ServerTruth, Truth, each_server, each_truth
@@ -151,20 +152,7 @@ async def test_settings_that_change_a_hundred_times_a_second_drop_nothing(make_r
         working = asyncio.create_task(rig.work(engine, moves=changes // 2))
         while rig.figures.faults < changes or not working.done():
             rig.figures.faults += 1
-            count = rng.choice((1, 5, 50))
-            await engine.reconfigure(
-                batch_flush_count=count,
-                batch_flush_bytes=rng.choice((1, 1_000, 10**6)),
-                batch_flush_ms=rng.choice((0, 1, 20)),
-                wal_max_items=rng.choice((5, 50, 10**6)),
-                pending_max_bytes=rng.choice((0, 2_000, 10**7)),
-                l1_max_bytes=rng.choice((0, 2_000, 10**7)),
-                default_ack=rng.choice(list(Ack)),
-            )
-            if rig.figures.faults % 10 == 0:
-                with pytest.raises(ConfigError):
-                    await engine.reconfigure(batch_flush_count=77, batch_flush_ms=-1)
-            assert engine.config.batch_flush_count == count
+            await change_settings(engine, rng, rig.figures.faults)
             await asyncio.sleep(0.01)
         await working
         await engine.flush()

@@ -17,7 +17,8 @@ from sync_engine.testing.databases import RunningDatabase
 from sync_engine.testing.fixtures import StartDatabase
 from sync_engine.testing.proxy import CuttingProxy
 
-from .rig import NO_L1, MakeRig, Rig, locked, until, write_locked
+from ..locks import write_locked
+from .rig import NO_L1, MakeRig, Rig, locked, until
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,8 @@ from sync_engine.testing.databases import RunningDatabase, ask
 from sync_engine.testing.proxy import CuttingProxy
 from sync_engine.testing.servers import KINDS, RedisKind
 
+from ..locks import write_locked
+
 if TYPE_CHECKING:
     from .rig import Rig
 
@@ -123,13 +125,12 @@ class FileTruth(Truth):
 
     @asynccontextmanager
     async def locked(self, rig: Rig) -> AsyncIterator[None]:
-        other = _connected(rig, LOCK_S)
+        holding = write_locked(rig.data_dir / "truth.db", LOCK_S)
+        await asyncio.to_thread(holding.__enter__)
         try:
-            await asyncio.to_thread(other.execute, "BEGIN IMMEDIATE")
             yield
-            other.execute("ROLLBACK")
         finally:
-            other.close()
+            holding.__exit__(None, None, None)
 
 
 def _connected(rig: Rig, lock_s: float = 0) -> sqlite3.Connection:

@@ -9,7 +9,6 @@ import asyncio
 import logging
 import re
 import secrets
-import sqlite3
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
@@ -40,6 +39,7 @@ from sync_engine.testing.fixtures import StartRedis
 from sync_engine.testing.tiers import Breaking, Counting
 
 from ..flows.rig import CACHE, DURABLE, Held, Rig, on, others, soon, until
+from ..locks import write_locked
 
 LISTED = "R1-R17 S1 S15 Q1-Q2 Q5-Q12 Q14-Q21 C1-C5 C7-C12 W1-W5 W8 E1-E5 G1-G14 G16-G28 G31 G37-G56 G61-G67"
 """What was built so far could have; the rest comes with the parts that could have it."""
@@ -487,17 +487,16 @@ async def test_G66_Q20_a_secret_is_in_no_log_repr_error_or_figure(
         said += [repr(engine), str(engine.stats()), repr(engine._running.l2), repr(engine._running.l3)]
         said += [repr(await engine.get("k.1")), repr(await engine.submit(SyncItem("k.2", canary.encode())))]
         await server.kill()
-        lock = sqlite3.connect(rig.path / "data" / "truth.db", isolation_level=None)
-        lock.execute("BEGIN EXCLUSIVE")
-        await engine.submit(SyncItem("k.3", canary.encode()), CACHE)
-        await engine.submit(SyncItem("k.4", canary.encode()))
-        engine._running.l1.clear()
-        for work in (engine.get("absent"), engine.flush(timeout=0.1), engine.scan_prefix("k"), engine.contains("no")):
-            try:
-                await work
-            except SyncEngineError as error:
-                said += [str(error), repr(error), repr(error.__cause__), repr(error.__context__)]
-        lock.close()
+        with write_locked(rig.path / "data" / "truth.db"):
+            await engine.submit(SyncItem("k.3", canary.encode()), CACHE)
+            await engine.submit(SyncItem("k.4", canary.encode()))
+            engine._running.l1.clear()
+            works = (engine.get("absent"), engine.flush(timeout=0.1), engine.scan_prefix("k"), engine.contains("no"))
+            for work in works:
+                try:
+                    await work
+                except SyncEngineError as error:
+                    said += [str(error), repr(error), repr(error.__cause__), repr(error.__context__)]
         said += [repr(engine), str(engine.stats())]
         await server.start()
         await engine.flush()

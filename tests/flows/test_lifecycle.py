@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import sqlite3
 from functools import partial
 
 import pytest
@@ -12,6 +11,7 @@ from sync_engine import Ack, NotRunning, StopReport, SubmitOptions, SyncItem, Ti
 from sync_engine.testing.fixtures import StartRedis
 from sync_engine.testing.tiers import UPKEEP, Breaking, Deaf
 
+from ..locks import write_locked
 from .rig import CACHE, Held, Rig, on, others, soon, until
 
 ITEM = SyncItem.from_json("x", {"n": 1}, state="s")
@@ -92,18 +92,17 @@ async def test_G62_an_engine_starts_while_redis_is_down_and_takes_it_in_when_it_
 
 async def test_G62_an_engine_starts_and_acknowledges_while_sql_is_locked(rig: Rig) -> None:
     await rig.l3()  # makes the file
-    lock = sqlite3.connect(rig.path / "truth.db", isolation_level=None)
-    lock.execute("BEGIN EXCLUSIVE")
-    async with rig.engine(sql_timeout_ms=1) as engine:
+    engine = rig.engine(sql_timeout_ms=1)
+    with write_locked(rig.path / "truth.db"):
+        await engine.start()
         receipt = await engine.submit(ITEM)
         assert await engine.get("x") == ITEM
         with pytest.raises(TierUnavailable):
             await engine.flush(timeout=0.05)
         with pytest.raises(TierUnavailable):
             await engine.count_by_state("s")
-        lock.close()
-        await receipt.stored()
-        await rig.check(engine, {"x": ITEM})
+    await receipt.stored()
+    await rig.check(engine, {"x": ITEM})
 
 
 async def test_what_an_engine_without_sql_left_in_the_log_is_served_before_sql_is_back(rig: Rig) -> None:

@@ -191,3 +191,29 @@ async def test_I7_what_was_refused_is_answered_with_while_a_tier_is_down(rig: Ri
     async with rig.engine(around=lambda tier: Breaking(tier, times=None)) as engine:
         assert await engine.get("poison") == POISON
         assert await engine.get_many(["poison"]) == {"poison": POISON}
+
+
+async def test_a_folder_that_somebody_removes_under_a_running_engine_costs_what_was_in_it_and_no_more(rig: Rig) -> None:
+    """The end of a refused write could not be noted there, so the log kept the record of the newer one for good."""
+    folder = rig.path / "data" / "quarantine"
+    kept: list[Refusing] = []
+    ids = ("poison", "dropped", "forgotten")
+    newer = POISON.with_version(2)
+    async with rig.engine(around=on("l3", lambda tier: Refusing(tier, ids), kept)) as engine:
+        await engine.submit_many([SyncItem(object_id, b"1") for object_id in ids])
+        await engine.flush()
+        shutil.rmtree(folder)
+        kept[0].ids = {"new"}
+        await engine.submit(newer)
+        await engine.flush()
+        rig.at_rest(engine)
+        assert await engine.drop_quarantined(["dropped"]) == 1
+        assert not folder.exists()
+        await engine.submit(SyncItem("new", b"1"))
+        await engine.flush()
+        assert [refused.object_id for refused in await engine.quarantine()] == ["forgotten", "new"]
+        assert len(list(folder.iterdir())) == 1, "it is made anew"
+    async with rig.engine() as engine:
+        assert engine.stats().recovered == 0
+        assert [refused.object_id for refused in await engine.quarantine()] == ["new"]
+        assert await engine.get_many(ids) == {"poison": newer}

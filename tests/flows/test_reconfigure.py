@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-import sqlite3
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,23 +16,33 @@ from sync_engine import (
     Ack,
     Backpressure,
     ConfigError,
+    NotRunning,
     PayloadTooLarge,
+    StopReport,
+    StoreError,
     SubmitOptions,
     SyncEngine,
     SyncEngineConfig,
     SyncItem,
     TierUnavailable,
+    parts,
 )
 from sync_engine.config import AT_RUN_TIME
 from sync_engine.forward import Forwarding
 from sync_engine.item import Op
 from sync_engine.late import Late
 from sync_engine.ports import Applied, Tier
-from sync_engine.testing.fixtures import StartKind
+from sync_engine.storage.sql import SqlStore
+from sync_engine.testing.fixtures import DATABASES, StartKind
+from sync_engine.testing.proxy import CuttingProxy
 from sync_engine.testing.tiers import MemoryTier
 from sync_engine.write.batcher import BACKLOG_TIMES
 
-from .rig import Held, Rig, on, until
+from ..locks import write_locked
+from ..settings import BATCH_MAX, change_settings
+from .rig import Held, Rig, on, others, soon, until
+
+SERVERS = {"mariadb": "mariadb_server", "postgresql": "postgres_server"}
 
 OTHER: dict[str, Any] = {
     "backpressure_critical": 0.8,
@@ -232,26 +242,12 @@ async def test_23_a_hundred_reconfigurations_under_load_drop_nothing(rig: Rig, s
             for who in range(8):
                 group.create_task(write(who))
             for n in range(100):
-                count = rng.choice((1, 5, 50))
-                await engine.reconfigure(
-                    batch_flush_count=count,
-                    batch_flush_bytes=rng.choice((1, 1_000, 10**6)),
-                    batch_flush_ms=rng.choice((0, 1, 20)),
-                    wal_max_items=rng.choice((5, 50, 10**6)),
-                    pending_max_bytes=rng.choice((0, 2_000, 10**7)),
-                    l1_max_bytes=rng.choice((0, 2_000, 10**7)),
-                    backpressure_warn=rng.choice((0.1, 0.7)),
-                    default_ack=rng.choice(list(Ack)),
-                )
-                if n % 10 == 3:
-                    with pytest.raises(ConfigError):
-                        await engine.reconfigure(batch_flush_count=50, batch_flush_ms=-1)
-                assert engine.config.batch_flush_count == count
+                await change_settings(engine, rng, n)
                 await asyncio.sleep(rng.random() * 0.01)
             done.set()
         await engine.reconfigure(pending_max_bytes=10**6, l1_max_bytes=10**6)
         await rig.check(engine, model)
-        assert max(sizes) <= 50 * BACKLOG_TIMES
+        assert max(sizes) <= BATCH_MAX * BACKLOG_TIMES
         assert engine.stats().quarantined == 0
 
 
@@ -295,11 +291,9 @@ async def test_a_shorter_time_out_counts_from_the_next_call_on(rig: Rig) -> None
     async with rig.engine(redis=False, sql_timeout_ms=600_000) as engine:
         await engine.submit(SyncItem("a", b"x"), ack=Ack.STORED)
         await engine.reconfigure(sql_timeout_ms=1)
-        other = sqlite3.connect(rig.path / "truth.db", isolation_level=None)
-        other.execute("BEGIN IMMEDIATE")
-        await engine.submit(SyncItem("a", b"y"))
-        await until(lambda: engine.stats().lanes["l3"].trouble is not None)
-        other.close()
+        with write_locked(rig.path / "truth.db"):
+            await engine.submit(SyncItem("a", b"y"))
+            await until(lambda: engine.stats().lanes["l3"].trouble is not None)
         await engine.flush()
         assert (await engine.status("a")).l3
 
@@ -358,3 +352,115 @@ async def test_an_attempt_under_way_does_not_bring_the_old_way_back() -> None:
     await call
     assert made == ["old", "new"], "what was connected to in the old way is closed again"
     await late.close()
+
+
+@pytest.mark.parametrize("server", ["redis", *DATABASES])
+async def test_stop_does_not_wait_for_a_server_that_reconfigure_connects_to(
+    rig: Rig, server: str, request: pytest.FixtureRequest
+) -> None:
+    """It may be ten minutes until a server that has accepted a connection is given up."""
+    before = others()
+    running = None if server == "redis" else request.getfixturevalue(SERVERS[server])
+    url = rig.redis_url if running is None else await running.database()
+    async with CuttingProxy(url) as proxy:
+        through = {"redis_url" if running is None else "sql_url": proxy.url_for(url)}
+        names = ("redis_timeout_ms", "redis_response_timeout_ms") if running is None else ("sql_timeout_ms",)
+        change = dict.fromkeys(names, 600_000)
+        engine = rig.engine(redis=running is None, **through)
+        await engine.start()
+        config = engine.config
+        await engine.submit(SyncItem("a", b"x"), ack=Ack.STORED)
+        here = proxy.connections
+        proxy.ignore_new()
+        changing = asyncio.create_task(engine.reconfigure(batch_flush_ms=1, **change))
+        await until(lambda: proxy.connections > here)
+        another = asyncio.create_task(engine.reconfigure(**change))
+        await soon()
+        async with asyncio.timeout(30):
+            assert await engine.stop() == StopReport(0, 0)
+        for told in (changing, another):
+            with pytest.raises(NotRunning, match="is being stopped"):
+                await told
+        assert engine.config is config
+        proxy.heal()
+        await until(lambda: others() <= before and "| 0 connections open" in repr(proxy))
+        await engine.reconfigure(**change)
+        async with engine:
+            assert await engine.get("a") is not None
+    if running is not None:
+        await running.drop(url)
+
+
+async def test_what_reconfigure_connects_to_after_a_stop_is_closed_again(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parts, "GIVE_UP_S", 0.01)
+    before = others()
+    begun, go = asyncio.Event(), asyncio.Event()
+    made: list[SqlStore] = []
+    connect = SqlStore.connect
+
+    async def late(url: str, **options: Any) -> SqlStore:
+        if options["timeout_ms"] == 700:
+            begun.set()
+            while not go.is_set():
+                with suppress(asyncio.CancelledError):  # as a driver may that is cancelled just then
+                    await go.wait()
+        made.append(await connect(url, **options))
+        return made[-1]
+
+    monkeypatch.setattr(SqlStore, "connect", late)
+    engine = rig.engine(redis=False)
+    await engine.start()
+    changing = asyncio.create_task(engine.reconfigure(sql_timeout_ms=700))
+    await begun.wait()
+    await engine.stop()
+    with pytest.raises(NotRunning):
+        await changing
+    assert len(made) == 1
+    go.set()
+    await until(lambda: others() <= before)
+    assert len(made) == 2
+    for store in made:
+        with pytest.raises(TierUnavailable, match="closed"):
+            await store.count()
+
+
+class Closing(MemoryTier):
+    """A tier whose close waits to be let go, and may fail."""
+
+    def __init__(self, failure: Exception | None = None) -> None:
+        super().__init__("l2")
+        self.go = asyncio.Event()
+        self._failure = failure
+
+    async def close(self) -> None:
+        await self.go.wait()
+        await super().close()
+        if self._failure is not None:
+            raise self._failure
+
+
+async def test_a_tier_that_fails_to_close_is_told_once_those_before_it_are_closed() -> None:
+    """Raised at once, it left their connections to a task that nobody waited for."""
+    before, now = Closing(), Closing(StoreError("l2", "no"))
+    tiers = iter((before, now))
+
+    async def connect() -> Tier:
+        return next(tiers)
+
+    async def connected(_: Tier) -> None:
+        pass
+
+    late = Late("l2", connect, connected)
+    await late.ready()
+    late.replace(await late.another(connect), connect)
+    now.go.set()
+    closing = asyncio.create_task(late.close())
+    await until(lambda: now.closed)
+    await soon()
+    assert not closing.done()
+    before.go.set()
+    with pytest.raises(StoreError, match="no"):
+        await closing
+    assert before.closed

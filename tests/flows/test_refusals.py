@@ -252,6 +252,22 @@ async def test_a_drop_is_loud_final_and_names_no_content(rig: Rig, caplog: pytes
         assert (engine.stats().quarantined, await engine.get("poison")) == (0, None)
 
 
+async def test_what_could_not_be_filed_and_was_dropped_does_not_come_back_from_the_log(rig: Rig) -> None:
+    """The log had kept it, and the next start replayed what somebody had given up for good."""
+    in_the_way = rig.path / "data" / "quarantine"
+    async with rig.engine(around=on("l3", refusing([], "poison"))) as engine:
+        in_the_way.touch()
+        await engine.submit(POISON)
+        await engine.flush()
+        assert (engine.stats().quarantined, engine.stats().log_records) == (1, 1)
+        in_the_way.unlink()
+        assert await engine.drop_quarantined(["poison"]) == 1
+        rig.at_rest(engine)
+    async with rig.engine() as engine:
+        assert engine.stats().recovered == 0
+        assert await engine.get("poison") is None
+
+
 async def test_a_retry_that_cannot_know_what_is_newer_sends_nothing(rig: Rig) -> None:
     breaking: list[Breaking] = []
     around = on("l3", lambda tier: Refusing(Breaking(tier, times=None, verbs=("held_stamps",)), {"poison"}), breaking)

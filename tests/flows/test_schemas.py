@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
 from pathlib import Path
 
@@ -12,17 +13,19 @@ from sync_engine import (
     Ack,
     InvalidItem,
     NotRunning,
+    StoreError,
     SyncEngine,
     SyncEngineConfig,
     SyncItem,
     TierNotConfigured,
     TierUnavailable,
 )
+from sync_engine.testing.clock import VirtualClock
 from sync_engine.testing.databases import ask
 from sync_engine.testing.fixtures import StartDatabase
 from sync_engine.testing.tiers import Breaking
 
-from .rig import DURABLE, Rig, on
+from .rig import DURABLE, Held, Rig, on, until
 
 
 def item(object_id: str, content: bytes = b"x", state: str = "s") -> SyncItem:
@@ -116,6 +119,21 @@ async def test_G61_what_cannot_be_is_said_before_anything_is_asked(rig: Rig) -> 
             await alone.register_schema("users", ["a"])
 
 
+async def test_a_move_may_take_longer_than_a_write(rig: Rig) -> None:
+    """Each of its statements has an end. All of them had one together, and a large table could never be moved."""
+    held: list[Held] = []
+    clock = VirtualClock()
+    wrap = on("l3", lambda tier: Held(tier, ["register_schema"], after=True), held)
+    async with rig.engine(around=wrap, clock=clock, redis=False) as engine:
+        await engine.submit(item("a1"), ack=Ack.STORED)
+        held[0].hold()
+        registering = asyncio.ensure_future(engine.register_schema("users", ["a"]))
+        await until(lambda: held[0].waiting)
+        await clock.run_for(24 * 3600)
+        held[0].release()
+        assert await registering == 1
+
+
 @pytest.mark.parametrize("kind", ["mariadb", "postgresql"])
 async def test_I3_a_database_that_is_killed_in_the_middle_of_a_move(
     own_database: StartDatabase, tmp_path: Path, kind: str
@@ -148,3 +166,30 @@ async def _moved(url: str) -> int:
     if number:
         ((number,),) = await ask(url, "SELECT count(*) FROM one_items")
     return int(number)
+
+
+REFUSALS = {
+    "sqlite": "CREATE TRIGGER no BEFORE INSERT ON users_items BEGIN SELECT RAISE(ABORT, 'refused by the test'); END",
+    "mysql": "ALTER TABLE users_items ADD CONSTRAINT no CHECK (payload + 1 > 0)",  # it says what is not a number
+    "postgresql": "ALTER TABLE users_items ADD CONSTRAINT no CHECK (payload = 'another')",  # whose detail is the row
+}
+
+
+async def test_a_move_that_a_database_refuses_is_logged_without_the_row(
+    sql_url: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The driver's own error quotes it, and stood in the traceback."""
+    caplog.set_level(logging.DEBUG)
+    engine = SyncEngine(SyncEngineConfig(data_dir=tmp_path / "data", sql_url=sql_url, l1_max_bytes=0))
+    secret = SyncItem.from_json("user.1", {"c4nary": "c4nary"})
+    async with engine:
+        await engine.submit(secret, ack=Ack.STORED)
+        assert await engine.register_schema("users", ["nobody."]) == 0
+        await ask(sql_url, REFUSALS[sql_url.partition(":")[0]])
+        with pytest.raises(StoreError) as refused:
+            await engine.register_schema("users", ["user."])
+        assert "c4nary" not in str(refused.value)
+    async with engine:  # a start goes on with it, where only the log can tell
+        await until(lambda: "rows cannot be moved (l3 refused: " in caplog.text)
+        assert await engine.get("user.1") == secret
+    assert "c4nary" not in caplog.text

@@ -124,6 +124,19 @@ async def test_a_blackhole_accepts_and_never_answers_and_what_fell_in_is_reset(
         assert await idle.reader.readline() == PONG
 
 
+async def test_a_server_may_stand_at_its_door_while_it_answers_whom_it_knows(
+    proxy: CuttingProxy, redis_url: str
+) -> None:
+    async with Line(proxy, redis_url) as known:
+        proxy.ignore_new()
+        with pytest.raises(NO_ANSWER, match=r"[Tt]imeout"):
+            await ask(proxy.url_for(redis_url), "PING", socket_timeout=0.05)
+        known.send(PING)
+        assert await known.reader.readline() == PONG
+        proxy.heal()
+        assert await ask(proxy.url_for(redis_url), "PING")
+
+
 @pytest.mark.parametrize("count", range(len(PONG) + 1))
 async def test_a_reply_is_cut_after_so_many_bytes_and_only_once(
     proxy: CuttingProxy, redis_url: str, count: int

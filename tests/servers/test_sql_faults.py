@@ -8,8 +8,7 @@ import signal
 import sqlite3
 import sys
 import threading
-from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -22,6 +21,8 @@ from sync_engine.storage.sql.dialect import BUCKETS
 from sync_engine.storage.sql.words import Said
 from sync_engine.testing.databases import ask
 from sync_engine.testing.fixtures import DATABASES
+
+from ..locks import write_locked
 
 
 @pytest.fixture(params=[1, 3], ids=["one-writer", "three-writers"])
@@ -54,18 +55,6 @@ def put(id_: str, stamp: int, content: bytes = b"x") -> Op:
     return Op(kind="put", object_id=id_, stamp=stamp, item=SyncItem(id_, content, stamp=stamp))
 
 
-@contextmanager
-def another_writer(path: Path) -> Iterator[sqlite3.Connection]:
-    """Another program in the middle of a write; fails at once if a transaction is open anywhere."""
-    connection = sqlite3.connect(path, isolation_level=None, timeout=0)
-    connection.execute("BEGIN IMMEDIATE")
-    try:
-        yield connection
-    finally:
-        connection.execute("ROLLBACK")
-        connection.close()
-
-
 async def trigger(url: str, event: str, action: str = "ABORT") -> None:
     """Have the database refuse rows whose id begins with "bad"."""
     row = "old" if event == "DELETE" else "new"
@@ -85,7 +74,7 @@ async def trigger(url: str, event: str, action: str = "ABORT") -> None:
 
 async def test_while_another_writes_reads_go_on_and_writes_are_unavailable(in_file: SqlStore, path: Path) -> None:
     await in_file.apply([put("a", 1)])
-    with another_writer(path) as other:
+    with write_locked(path, wait_s=0) as other:
         other.execute("DELETE FROM sync_items")
         with pytest.raises(TierUnavailable, match="locked") as unavailable:
             await in_file.apply([put("a", 2, b"y")])
@@ -98,7 +87,7 @@ async def test_while_another_writes_reads_go_on_and_writes_are_unavailable(in_fi
 
 
 async def test_connecting_needs_no_lock_where_the_tables_are_there(in_file: SqlStore, path: Path) -> None:
-    with another_writer(path):
+    with write_locked(path, wait_s=0):
         second = await SqlStore.connect(f"sqlite:///{path}", timeout_ms=50)
         assert await second.count() == 0
         await second.close()
@@ -108,7 +97,7 @@ async def test_a_new_file_that_another_holds_is_unavailable_and_leaks_no_thread(
     sqlite3.connect(path).execute("PRAGMA journal_mode = wal").connection.close()
     await asyncio.to_thread(int)  # starts the thread of the loop's own executor
     before = set(threading.enumerate())
-    with another_writer(path), pytest.raises(TierUnavailable, match="locked"):
+    with write_locked(path, wait_s=0), pytest.raises(TierUnavailable, match="locked"):
         await SqlStore.connect(f"sqlite:///{path}", timeout_ms=50)
     for thread in set(threading.enumerate()) - before:
         thread.join(10)

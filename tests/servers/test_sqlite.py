@@ -13,7 +13,8 @@ from sync_engine.item import Op, SyncItem
 from sync_engine.storage.sql import SqlStore, tables
 from sync_engine.storage.sql.sqlite import SETTINGS
 from sync_engine.storage.sql.sqlite_words import SqliteWords
-from sync_engine.storage.sql.words import RANGES, Said
+from sync_engine.storage.sql.titles import RANGES
+from sync_engine.storage.sql.words import Said
 
 
 @pytest.fixture

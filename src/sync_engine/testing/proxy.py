@@ -2,7 +2,7 @@
 
 It knows nothing of the protocol inside: bytes up (requests) and bytes down (replies) are counted and forwarded in
 order until a fault is set. A fault counts from the moment it is set, over all connections together, strikes once,
-and is then forgotten; ``refuse``, ``blackhole`` and ``delay`` last until ``heal``.
+and is then forgotten; ``refuse``, ``blackhole``, ``ignore_new`` and ``delay`` last until ``heal``.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ class CuttingProxy:
         self._links: set[_Link] = set()
         self._refusing = False
         self._swallowing = False
+        self._ignoring = False
         self._delay_s = 0.0
         self._cut_up: int | None = None
         self._cut_down: int | None = None
@@ -62,6 +63,10 @@ class CuttingProxy:
     def blackhole(self) -> None:
         """The network swallows everything: connections are accepted, requests vanish, replies never come."""
         self._swallowing = True
+
+    def ignore_new(self) -> None:
+        """The server stands at its door: new connections are accepted and never answered, the others go on."""
+        self._ignoring = True
 
     def delay(self, seconds: float) -> None:
         """Every piece of a reply is held back for ``seconds``."""
@@ -92,7 +97,7 @@ class CuttingProxy:
 
     def heal(self) -> None:
         """No fault from now on. Connections that lost bytes are reset: what they would carry on with is nonsense."""
-        self._swallowing, self._delay_s = False, 0.0
+        self._swallowing, self._ignoring, self._delay_s = False, False, 0.0
         self._cut_up = self._cut_down = self._call_up = None
         for link in self._links:
             if link.torn:
@@ -180,7 +185,7 @@ class CuttingProxy:
         loop = asyncio.get_running_loop()
         # OSError: the server is not there, or the client has gone, or a cut; the others find a reset connection.
         with contextlib.suppress(OSError):
-            if self._swallowing:
+            if self._swallowing or self._ignoring:
                 link.torn = True
                 while await loop.sock_recv(link.client, CHUNK_BYTES):
                     pass

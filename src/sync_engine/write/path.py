@@ -296,6 +296,8 @@ class WritePath:
 
     async def passed(self, lane: Lane, batch: Sequence[Entry], plan: Plan, applied: Applied) -> None:
         """One tier has answered for a batch: move every entry on."""
+        if lane is self.truth and self._journal is not None:
+            self._journal.relieved()
         await self.file_again()
         settled: list[tuple[Entry, SyncEngineError | None]] = []
         moved: Lane | None = None

@@ -23,7 +23,7 @@ from sync_engine.storage.sql.dialect import BUCKETS, Held, Outrun, RowRefused, S
 from sync_engine.storage.sql.mysql_words import MysqlWords
 from sync_engine.storage.sql.network import Limits, NetworkSession
 from sync_engine.storage.sql.rows import Row
-from sync_engine.storage.sql.words import Said, power_of_two, repeated
+from sync_engine.storage.sql.words import Said, padded, repeated
 
 __all__ = ["Mysql"]
 
@@ -255,7 +255,7 @@ class MysqlSession(NetworkSession):
     async def lock(self, buckets: Sequence[int]) -> None:
         """Be the only writer of these buckets."""
         if buckets:
-            bound = [*buckets, *([buckets[-1]] * (2 * power_of_two(len(buckets)) - len(buckets)))]
+            bound = padded(buckets, BUCKETS)
             await self.rows(Said(LOCK.replace("$marks", repeated("%s", len(bound))), bound))
 
     async def commit(self) -> None:

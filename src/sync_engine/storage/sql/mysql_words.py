@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from sync_engine.storage.sql.rows import Value, flat
-from sync_engine.storage.sql.words import Said, Words, repeated
+from sync_engine.storage.sql.words import Said, Words
 
 __all__ = ["ASSIGNED", "GUARD", "MysqlWords"]
 
@@ -89,13 +89,13 @@ class MysqlWords(Words):
     changed_deletes = CHANGED_DELETES
 
     def upsert(self, rows: Sequence[Sequence[Value]]) -> Said:
-        return Said(self._of_size(UPSERT, len(rows), rows=repeated(ROW, len(rows))), flat(rows))
+        return Said(self._of_rows(UPSERT, ROW, len(rows)), flat(rows))
 
     def bury(self, rows: Sequence[tuple[str, int, int]]) -> Said:
-        return Said(self._of_size(BURY, len(rows), rows=repeated("(?, ?, ?)", len(rows))), flat(rows))
+        return Said(self._of_rows(BURY, "(?, ?, ?)", len(rows)), flat(rows))
 
     def restate(self, rows: Sequence[tuple[str, str | None, int]]) -> Said:
-        return Said(self._of_size(RESTATE, len(rows), rows=" UNION ALL ".join([TOLD] * len(rows))), flat(rows))
+        return Said(self._of_rows(RESTATE, TOLD, len(rows), " UNION ALL "), flat(rows))
 
     def prune(self, before_ms: int, most: int) -> Said:
         return Said(self._marked(PRUNE), (before_ms, most))

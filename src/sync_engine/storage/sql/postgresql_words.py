@@ -71,28 +71,21 @@ class PostgresqlWords(Words):
     changed_rows = CHANGED_ROWS
     changed_deletes = CHANGED_DELETES
 
-    def __init__(self, *tables: str) -> None:
-        super().__init__(*tables)
-        self._upsert = self._text(UPSERT)
-        self._restate = self._text(RESTATE)
-        self._bury = self._text(BURY)
-        self._prune = self._text(PRUNE)
-
     def upsert(self, rows: Sequence[Sequence[Value]]) -> Said:
         columns: list[Sequence[Value]] = list(zip(*rows, strict=True))
         for at, usual in USUAL.items():
             if columns[at].count(usual) == len(rows):
                 columns[at] = ()
-        return Said(self._upsert, columns)
+        return Said(self._once(UPSERT, self._text), columns)
 
     def bury(self, rows: Sequence[tuple[str, int, int]]) -> Said:
-        return Said(self._bury, list(zip(*rows, strict=True)))
+        return Said(self._once(BURY, self._text), list(zip(*rows, strict=True)))
 
     def restate(self, rows: Sequence[tuple[str, str | None, int]]) -> Said:
-        return Said(self._restate, list(zip(*rows, strict=True)))
+        return Said(self._once(RESTATE, self._text), list(zip(*rows, strict=True)))
 
     def prune(self, before_ms: int, most: int) -> Said:
-        return Said(self._prune, (before_ms, most))
+        return Said(self._once(PRUNE, self._text), (before_ms, most))
 
     def _changed_from(self, stamp: int, id_: str, limit: int) -> tuple[Value, ...]:
         return stamp, id_, limit
@@ -109,4 +102,7 @@ class PostgresqlWords(Words):
         return "".join(self.mark(next(numbers)) if char == "?" else char for char in text)
 
     def _among(self, title: str, ids: Sequence[str]) -> Said:
-        return Said(self._ids_text(title, 0, "= ANY (?::text[])"), (ids,) * self._many)
+        return Said(self._once(title, self._of_any), (ids,) * self._many)
+
+    def _of_any(self, title: str) -> str:
+        return self._of_ids(title, "= ANY (?::text[])")

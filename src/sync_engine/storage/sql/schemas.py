@@ -58,7 +58,7 @@ class Schemas:
                 routes = await self._router.learn(lane.rows)
                 if table not in routes.tables:
                     await mover.empty(table)
-                self._go_on()
+                self._raise_if_stopped()
                 await lane.transaction(partial(self._announce, table, prefixes))
                 if not await mover.run():
                     raise TierUnavailable("l3", "the store was closed; the rows go on moving at the next start")
@@ -91,7 +91,7 @@ class Schemas:
     def _mover(self, lane: Lane) -> Mover:
         return Mover(lane, self._router, self._clock, lambda: self._stopped)
 
-    def _go_on(self) -> None:
+    def _raise_if_stopped(self) -> None:
         if self._stopped:
             raise TierUnavailable("l3", "the store is closed")
 

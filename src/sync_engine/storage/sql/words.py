@@ -1,5 +1,7 @@
 """The statements of the store about its tables of items, with their values, each text built once per tables and size.
 
+It is built when it is first asked for: with a hundred tables most are never asked, and all of them take 20 ms.
+
 A text is written once, for all databases, where they agree (titles.py); a database says what it says differently
 (``*_words.py``). Values are always bound: ``?`` stands for one until the database puts its own mark there. ``$items``
 and the like stand for a table name of tables.py or of a checked schema, and for constants, the only things ever put
@@ -9,7 +11,7 @@ into a text. Times are epoch milliseconds.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from string import Template
 from typing import ClassVar, Final, NamedTuple, TypeVar
 
@@ -26,9 +28,6 @@ FORGOTTEN: Final = "forgotten_ms"
 
 ROUTES_VERSION: Final = "routes"
 """Name of another: it grows with every change of a route."""
-
-
-RANGES: Final = titles.RANGES
 
 
 class Said(NamedTuple):
@@ -58,34 +57,15 @@ class Words(ABC):
     note: ClassVar[str] = titles.NOTE
     changed_rows: ClassVar[str] = titles.CHANGED_ROWS
     changed_deletes: ClassVar[str] = titles.CHANGED_DELETES
+    before_writing: ClassVar[Said] = Said(titles.BEFORE_WRITING)
+    routes: ClassVar[Said] = Said(titles.ROUTES)
+    arrived: ClassVar[Said] = Said(titles.ARRIVED)
 
     def __init__(self, *tables: str) -> None:
         self.tables = tables
         self._many = len(tables)
         self.ids_max = max(1, self.ids_per_table // self._many)
-        self._sized: dict[tuple[str, int], str] = {}
-        self._raise = self._text(self.note, best=self.most)
-        self._lower = self._text(self.note, best=self.least)
-        self._read_meta = self._text(titles.READ_META)
-        self._late = self._text(titles.LATE)
-        self._forget_late = self._text(titles.FORGET_LATE)
-        self._route = self._text(titles.ROUTE)
-        self._unroute = self._text(titles.UNROUTE)
-        self._in_state = self._page(titles.IN_STATE)
-        self._ids_in_state = self._page(titles.IDS_IN_STATE)
-        self._count_state = self._sum(titles.COUNT_STATE)
-        self._unstamped = self._page(titles.UNSTAMPED)
-        self._range = {shape: self._page(titles.RANGE, range=bounds) for shape, bounds in RANGES.items()}
-        self._ids_in_range = {shape: self._page(titles.IDS_IN_RANGE, range=bounds) for shape, bounds in RANGES.items()}
-        self._weighed = {shape: self._page(titles.WEIGHED, range=bounds) for shape, bounds in RANGES.items()}
-        self._count_range = {shape: self._sum(titles.COUNT_RANGE, range=bounds) for shape, bounds in RANGES.items()}
-        told = [*self._each(self.changed_rows), self.changed_deletes]
-        self._changed = self._marked(" UNION ALL ".join(told) + titles.CHANGED_ORDER)
-        self.count = Said(self._sum(titles.COUNT))
-        self.before_writing = Said(titles.BEFORE_WRITING)
-        self.routes = Said(titles.ROUTES)
-        self.arrived = Said(titles.ARRIVED)
-        self.newest_stamps = Said(" UNION ALL ".join([*self._each(titles.NEWEST_STAMP), titles.NEWEST_BURIED]))
+        self._texts: dict[tuple[str, object], str] = {}
 
     # Of ids.
 
@@ -145,56 +125,66 @@ class Words(ABC):
     # Of numbers.
 
     def note_most(self, name: str, value: int) -> Said:
-        return Said(self._raise, (name, value))
+        return Said(self._once(self.note, lambda title: self._text(title, best=self.most), "most"), (name, value))
 
     def note_least(self, name: str, value: int) -> Said:
-        return Said(self._lower, (name, value))
+        return Said(self._once(self.note, lambda title: self._text(title, best=self.least), "least"), (name, value))
+
+    @property
+    def newest_stamps(self) -> Said:
+        each = [*self._each(titles.NEWEST_STAMP), titles.NEWEST_BURIED]
+        return Said(" UNION ALL ".join(each))
 
     def meta(self, name: str) -> Said:
-        return Said(self._read_meta, (name,))
+        return Said(self._once(titles.READ_META, self._text), (name,))
 
     def late(self, name: str) -> Said:
-        return Said(self._late, (name,))
+        return Said(self._once(titles.LATE, self._text), (name,))
 
     def forget_late(self, name: str) -> Said:
-        return Said(self._forget_late, (name,))
+        return Said(self._once(titles.FORGET_LATE, self._text), (name,))
 
     # Of routes.
 
     def route(self, prefix: str, table: str) -> Said:
-        return Said(self._route, (prefix, table))
+        return Said(self._once(titles.ROUTE, self._text), (prefix, table))
 
     def unroute(self, prefix: str) -> Said:
-        return Said(self._unroute, (prefix,))
+        return Said(self._once(titles.UNROUTE, self._text), (prefix,))
 
     # Of pages.
 
     def in_state(self, state: str, after: str, limit: int) -> Said:
-        return self._paged(self._in_state, (state, after), limit)
+        return self._paged(self._once(titles.IN_STATE, self._page), (state, after), limit)
 
     def ids_in_state(self, state: str, after: str, limit: int) -> Said:
-        return self._paged(self._ids_in_state, (state, after), limit)
+        return self._paged(self._once(titles.IDS_IN_STATE, self._page), (state, after), limit)
 
     def count_state(self, state: str) -> Said:
-        return Said(self._count_state, (state,) * self._many)
+        return Said(self._once(titles.COUNT_STATE, self._sum), (state,) * self._many)
 
     def range(self, shape: tuple[bool, bool], bounds: Sequence[str], limit: int) -> Said:
-        return self._paged(self._range[shape], bounds, limit)
+        return self._paged(self._ranged(titles.RANGE, self._page, shape), bounds, limit)
 
     def ids_in_range(self, shape: tuple[bool, bool], bounds: Sequence[str], limit: int) -> Said:
-        return self._paged(self._ids_in_range[shape], bounds, limit)
+        return self._paged(self._ranged(titles.IDS_IN_RANGE, self._page, shape), bounds, limit)
+
+    @property
+    def count(self) -> Said:
+        return Said(self._once(titles.COUNT, self._sum))
 
     def count_range(self, shape: tuple[bool, bool], bounds: Sequence[str]) -> Said:
-        return Said(self._count_range[shape], tuple(bounds) * self._many)
+        return Said(self._ranged(titles.COUNT_RANGE, self._sum, shape), tuple(bounds) * self._many)
 
     def weighed(self, shape: tuple[bool, bool], bounds: Sequence[str], limit: int) -> Said:
-        return self._paged(self._weighed[shape], bounds, limit)
+        return self._paged(self._ranged(titles.WEIGHED, self._page, shape), bounds, limit)
 
     def changed(self, stamp: int, id_: str, limit: int) -> Said:
-        return Said(self._changed, (*self._changed_from(stamp, id_, limit) * (self._many + 1), limit))
+        text = self._once(self.changed_rows, self._changed)
+        return Said(text, (*self._changed_from(stamp, id_, limit) * (self._many + 1), limit))
 
     def unstamped(self, id_: str, limit: int) -> Said:
-        return self._paged(self._unstamped, (id_,), limit)
+        return self._paged(self._once(titles.UNSTAMPED, self._page), (id_,), limit)
 
     # How.
 
@@ -207,6 +197,14 @@ class Words(ABC):
 
     def _marked(self, text: str) -> str:
         return text
+
+    def _once(self, title: str, build: Callable[[str], str], of: object = None) -> str:
+        """The text of a title as ``build`` makes it, of this size or shape."""
+        try:
+            return self._texts[title, of]
+        except KeyError:
+            text = self._texts[title, of] = build(title)
+            return text
 
     def _text(self, title: str, **parts: str) -> str:
         return self._marked(self._each(title, **parts)[-1])
@@ -234,30 +232,32 @@ class Words(ABC):
         each = self._each(title, **parts)
         return self._marked(each[0] if len(each) == 1 else f"SELECT {' + '.join(f'({text})' for text in each)}")
 
+    def _ranged(self, title: str, build: Callable[..., str], shape: tuple[bool, bool]) -> str:
+        return self._once(title, lambda title: build(title, range=titles.RANGES[shape]), shape)
+
+    def _changed(self, title: str) -> str:
+        return self._marked(" UNION ALL ".join([*self._each(title), self.changed_deletes]) + titles.CHANGED_ORDER)
+
     def _among(self, title: str, ids: Sequence[str]) -> Said:
         bound = padded(ids, self.ids_max)
-        return Said(self._ids_text(title, len(bound), f"IN ({repeated('?', len(bound))})"), bound * self._many)
+        size = len(bound)
+        text = self._once(title, lambda title: self._of_ids(title, f"IN ({repeated('?', size)})"), size)
+        return Said(text, bound * self._many)
 
-    def _ids_text(self, title: str, size: int, among: str) -> str:
-        text = self._sized.get((title, size))
-        if text is None:
-            text = self._sized[title, size] = self._marked(" UNION ALL ".join(self._each(title, among=among)))
-        return text
+    def _of_ids(self, title: str, among: str) -> str:
+        return self._marked(" UNION ALL ".join(self._each(title, among=among)))
 
-    def _of_size(self, title: str, size: int, **parts: str) -> str:
-        text = self._sized.get((title, size))
-        if text is None:
-            text = self._sized[title, size] = self._text(title, **parts)
-        return text
+    def _of_rows(self, title: str, row: str, size: int, between: str = ", ") -> str:
+        return self._once(title, lambda title: self._text(title, rows=between.join([row] * size)), size)
 
 
-def padded(ids: Sequence[str], most: int) -> list[str]:
-    """At most so many ids, filled up to a power of two or the most by repeating the last.
+def padded(values: Sequence[T], most: int) -> list[T]:
+    """At most so many values, filled up to a power of two or the most by repeating the last.
 
     Sizes come from a short list, so that few texts exist and a driver's statement cache knows them all.
     """
-    size = min(most, 1 << (len(ids) - 1).bit_length())
-    return [*ids, *([ids[-1]] * (size - len(ids)))]
+    size = min(most, 1 << (len(values) - 1).bit_length())
+    return [*values, *([values[-1]] * (size - len(values)))]
 
 
 def power_of_two(most: int) -> int:

@@ -288,6 +288,9 @@ class DiskLog:
     def relieve(self) -> None:
         """Nothing is held back: this disk is never full."""
 
+    def relieved(self) -> None:
+        """And nothing is had back."""
+
     async def read(self, records: Sequence[Logged], /) -> list[Op]:
         await asyncio.sleep(self._rng.uniform(0, 0.002))
         if self._rng.random() < self._weather.unsynced:
