@@ -57,10 +57,6 @@ PRESSED: Mapping[Level, str] = {
 }
 
 
-REFUSALS_AT_ONCE = 200
-"""Refused operations that are sent again with one append to the log: whole items, of whatever size."""
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class Link:
     """A tier and how it is connected to: ``settings`` are those that take new connections."""
@@ -87,6 +83,7 @@ class Parts:
         quarantine: Quarantine,
         reader: Reader,
         writes: WritePath,
+        refusals: Refusals,
         trust: Trust,
         healing: Healing | None,
         eviction: Eviction | None,
@@ -104,6 +101,7 @@ class Parts:
         self.quarantine = quarantine
         self.reader = reader
         self.writes = writes
+        self.refusals = refusals
         self._trust = trust
         self._healing = healing
         self._eviction = eviction
@@ -112,7 +110,6 @@ class Parts:
         self._recovered = recovered
         self._failed = failed
         self._opened = opened
-        self.refusals = Refusals(quarantine, pending, writes, l3, cast(Cache | None, l2), most=REFUSALS_AT_ONCE)
         self._lanes = [lane for lane in (writes.truth, writes.cache) if lane is not None]
         self._supervisor = asyncio.get_running_loop().create_task(self._supervise(), name="sync-engine lanes")
 
