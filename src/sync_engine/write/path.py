@@ -51,7 +51,7 @@ class WritePath:
         self.cache = cache
         self._closed = False
         self._ended: Exception | None = None  # set once nobody works on what is pending any more
-        self._awaited: set[Entry] = set()
+        self._awaited: dict[Entry, None] = {}  # in order, where a set has the order of addresses: a seed replays
 
     async def write(self, drafts: Sequence[Op], ack: Ack) -> list[Entry]:
         """Accept drafts that all go to the same tiers; return once ``ack`` is reached. They get their stamps here.
@@ -103,12 +103,12 @@ class WritePath:
         for entry in entries:
             if self._ended is not None and not entry.settled:
                 raise self._ended
-            self._awaited.add(entry)
+            self._awaited[entry] = None
             try:
                 await entry.wait_settled()
             finally:
                 if not entry.waiters:
-                    self._awaited.discard(entry)
+                    self._awaited.pop(entry, None)
 
     async def swept(self, ids: Set[str]) -> None:
         """Wait until the truth has decided about these ids in every bulk delete; raises if it is in trouble.
