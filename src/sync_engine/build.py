@@ -23,7 +23,7 @@ from sync_engine.late import Late
 from sync_engine.log import WriteAheadLog
 from sync_engine.notes import Notes
 from sync_engine.parts import STREAM_MAY_GO, Link, Parts
-from sync_engine.ports import Cache, Clock, Tier, Truth
+from sync_engine.ports import Cache, Clock, Journal, Tier, Truth
 from sync_engine.pressure import Bands, Gate
 from sync_engine.read import Reader
 from sync_engine.resilience import Breaker, Guarded, Retries, RetryPolicy
@@ -32,11 +32,17 @@ from sync_engine.storage.redis import ChangeStream, RedisStore
 from sync_engine.storage.sql import SqlStore
 from sync_engine.storage.sql.network import Limits
 from sync_engine.trust import Trust, Trusted
+from sync_engine.write.again import Refusals
 from sync_engine.write.batcher import Batcher
-from sync_engine.write.flush import Lane
+from sync_engine.write.commits import Commits
+from sync_engine.write.filing import Filing
+from sync_engine.write.flush import Carrier, Lane
+from sync_engine.write.passing import Passing
 from sync_engine.write.path import WritePath
 from sync_engine.write.pending import PendingIndex
 from sync_engine.write.quarantine import Quarantine
+from sync_engine.write.route import Route
+from sync_engine.write.shown import Shown, View
 
 __all__ = ["Outside", "build"]
 
@@ -85,7 +91,7 @@ async def build(
             opened.push_async_callback(journal.close)
         stamps = Stamps(clock, outside.rng(), after=journal.last_stamp if journal is not None else 0)
         notes = await outside.notes(config.data_dir / "notes.json")
-        pending = PendingIndex(config.pending_max_bytes)
+        pending = PendingIndex(config.pending_max_bytes, journal)
         truth = await _truth(config, clock, around, stamps, opened, outside)
         l3 = None if truth is None else truth.tier
         trust = Trust("l2", needed=l3 is not None)
@@ -127,33 +133,30 @@ async def build(
         quarantine = outside.quarantine(config.data_dir / "quarantine", clock)
         await quarantine.open()
         l1 = L1Cache(config.l1_max_bytes, clock=clock, rng=outside.rng())
-        gate = Gate(
-            ops_max=config.wal_max_items,
-            bytes_max=config.pending_max_bytes,
-            wait_ms=config.backpressure_wait_ms,
-            bands=Bands(config.backpressure_warn, config.backpressure_critical),
-            sleep=clock.sleep,
-        )
-        writes = WritePath(stamps=stamps, gate=gate, journal=journal, pending=pending, quarantine=quarantine)
         reader = Reader(
             pending=pending,
             quarantine=quarantine,
             l1=l1,
             l2=l2,
             l3=l3,
-            read_back=writes.read_back,
             observe=stamps.observe,
             clock=clock,
             promotion_ttl_ms=round(config.promotion_ttl * 1000),
         )
-        writes.view = reader
-        if truth is not None:
-            # A cache-only item rarely has a row: it is asked for before it is deleted.
-            writes.truth = _lane(truth.tier, truth.retries, config, clock, writes, _keeps_sql, erases_blindly=False)
-        if redis is not None and l2 is not None:
+        writes, refusals = _writing(
+            config,
+            clock,
+            stamps,
+            journal,
+            pending,
+            quarantine,
+            reader,
+            truth,
+            redis,
+            cast(Cache | None, l2),
             # With a change stream Redis is given what it does not keep as well: it tells of it.
-            keeps = _keeps_redis if stream is None else _keeps_all
-            writes.cache = _lane(l2, redis.retries, config, clock, writes, keeps, erases_blindly=True)
+            cache_keeps=_keeps_redis if stream is None else _keeps_all,
+        )
         recovered = len(journal.recovered) if journal is not None else 0
         if journal is not None and recovered:
             log.info("taking up %d operations from the log", recovered)
@@ -168,6 +171,7 @@ async def build(
             quarantine=quarantine,
             reader=reader,
             writes=writes,
+            refusals=refusals,
             trust=trust,
             healing=healing,
             eviction=eviction,
@@ -266,23 +270,74 @@ async def _late(
     return late
 
 
-def _lane(
-    tier: Tier,
-    retries: Retries,
+def _writing(
     config: SyncEngineConfig,
     clock: Clock,
-    writes: WritePath,
-    keeps: Callable[[Op], bool],
+    stamps: Stamps,
+    journal: Journal | None,
+    pending: PendingIndex,
+    quarantine: Quarantine,
+    view: View,
+    sql: Link | None,
+    redis: Link | None,
+    l2: Cache | None,
     *,
-    erases_blindly: bool,
-) -> Lane:
-    batcher = Batcher(
+    cache_keeps: Callable[[Op], bool],
+) -> tuple[WritePath, Refusals]:
+    """What takes a write from its caller through the log and both tiers, and what it leaves in the quarantine."""
+    gate = Gate(
+        ops_max=config.wal_max_items,
+        bytes_max=config.pending_max_bytes,
+        wait_ms=config.backpressure_wait_ms,
+        bands=Bands(config.backpressure_warn, config.backpressure_critical),
+        sleep=clock.sleep,
+    )
+    l3 = None if sql is None else sql.tier
+    shown = Shown(pending, view)
+    filing = Filing(quarantine, journal)
+    to_l3, to_l2 = _batcher(config, clock), _batcher(config, clock)
+    route = Route(gate, truth=to_l3 if l3 is not None else None, cache=to_l2 if l2 is not None else None)
+    passing = Passing(
+        route=route, shown=shown, pending=pending, filing=filing, gate=gate, journal=journal, truth=l3, cache=l2
+    )
+    truth = cache = None
+    if sql is not None:
+        # A cache-only item rarely has a row: it is asked for before it is deleted.
+        truth = _lane(sql.tier, to_l3, sql.retries, passing, _keeps_sql, erases_blindly=False)
+    if redis is not None and l2 is not None:
+        cache = _lane(l2, to_l2, redis.retries, passing, cache_keeps, erases_blindly=True)
+    writes = WritePath(
+        stamps=stamps,
+        gate=gate,
+        commits=Commits(journal, gate=gate, pending=pending, shown=shown, route=route),
+        pending=pending,
+        shown=shown,
+        route=route,
+        truth=truth,
+        cache=cache,
+    )
+    return writes, Refusals(quarantine, filing, pending, shown, writes, l3, l2)
+
+
+def _batcher(config: SyncEngineConfig, clock: Clock) -> Batcher:
+    return Batcher(
         flush_count=config.batch_flush_count,
         flush_bytes=config.batch_flush_bytes,
         flush_after_ms=config.batch_flush_ms,
         clock=clock,
     )
-    return Lane(tier, batcher, writes, keeps, erases_blindly=erases_blindly, retry=RetryPolicy(), retries=retries)
+
+
+def _lane(
+    tier: Tier,
+    batcher: Batcher,
+    retries: Retries,
+    carrier: Carrier,
+    keeps: Callable[[Op], bool],
+    *,
+    erases_blindly: bool,
+) -> Lane:
+    return Lane(tier, batcher, carrier, keeps, erases_blindly=erases_blindly, retry=RetryPolicy(), retries=retries)
 
 
 def _keeps_sql(op: Op) -> bool:

@@ -62,9 +62,6 @@ LEAVING = "the engine is being stopped"
 GIVE_UP_S = 1.0
 """How long a stop waits for new connections that it has cut short: usually a moment, but a server may say nothing."""
 
-REFUSALS_AT_ONCE = 200
-"""Refused operations that are sent again with one append to the log: whole items, of whatever size."""
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Link:
@@ -93,6 +90,7 @@ class Parts:
         quarantine: Quarantine,
         reader: Reader,
         writes: WritePath,
+        refusals: Refusals,
         trust: Trust,
         healing: Healing | None,
         eviction: Eviction | None,
@@ -110,6 +108,7 @@ class Parts:
         self.quarantine = quarantine
         self.reader = reader
         self.writes = writes
+        self.refusals = refusals
         self._trust = trust
         self._healing = healing
         self._eviction = eviction
@@ -118,7 +117,6 @@ class Parts:
         self._recovered = recovered
         self._failed = failed
         self._opened = opened
-        self.refusals = Refusals(quarantine, pending, writes, l3, cast(Cache | None, l2), most=REFUSALS_AT_ONCE)
         self._attempt: asyncio.Future[dict[Link, Tier | None]] | None = None
         self._given_up: set[asyncio.Task[None]] = set()
         self._leaving = 0

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import cast
 
@@ -44,7 +44,6 @@ class Reader:
         l1: Hot,
         l2: Tier | None,
         l3: Tier | None,
-        read_back: Callable[[Entry], Awaitable[SyncItem | None]],
         observe: Callable[[int], None],
         clock: Clock,
         promotion_ttl_ms: int,
@@ -54,7 +53,6 @@ class Reader:
         self._l1 = l1
         self._l2 = l2
         self._l3 = l3
-        self._read_back = read_back
         self._observe = observe
         self._clock = clock
         self.promotion_ttl_ms = promotion_ttl_ms
@@ -211,7 +209,7 @@ class Reader:
         item = source.op.item
         if item is None:
             try:
-                item = await self._read_back(source)
+                item = await self._pending.read_back(source)
             except StoreError:
                 if source.settled:  # it reached the tiers meanwhile, and the log let go of it
                     return False, None

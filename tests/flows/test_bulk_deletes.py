@@ -308,7 +308,7 @@ async def test_cancelled_in_mid_page_nothing_is_half_done(rig: Rig) -> None:
             await asyncio.wait({deleting})
             await engine.flush()
             rig.at_rest(engine)
-            assert not engine._running.writes._sweeps
+            assert not engine._running.writes._shown.sweeping
             await engine.delete_by_state("s")
             await rig.check(engine, dict.fromkeys(each.object_id for each in some("a.", 10)))
 

@@ -418,10 +418,10 @@ class _SlowLog:
     """Stands before an engine's log and keeps appends back until released."""
 
     def __init__(self, engine: SyncEngine) -> None:
-        writes = engine._running.writes
-        self._log = writes._journal
+        commits = engine._running.writes._commits
+        self._log = commits._journal
         self._kept: list[tuple[object, ...]] = []
-        writes._journal = self
+        commits._journal = self
 
     def append(self, *call: object) -> None:
         self._kept.append(call)

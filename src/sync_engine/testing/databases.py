@@ -10,42 +10,34 @@ from __future__ import annotations
 import asyncio
 import os
 import pwd
-import random
 import re
 import shutil
 import signal
-import socket
 import sqlite3
 import subprocess
 import tempfile
-import weakref
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 from urllib.parse import quote
 from uuid import uuid4
 
 from sync_engine._child import Child
-from sync_engine.errors import ConfigError, NotRunning, StoreError, TierUnavailable
+from sync_engine._server_process import ENDED_WITHIN_S, LOG_TAIL_BYTES, ServerProcess, free_port
+from sync_engine.errors import ConfigError, StoreError, TierUnavailable
 from sync_engine.storage.sql.connect import database_of
 from sync_engine.storage.sql.words import Said
-from sync_engine.testing.servers import PORTS, TlsFiles
+from sync_engine.testing.servers import TlsFiles
 
 __all__ = ["PASSWORD", "RunningDatabase", "RunningMariaDB", "RunningPostgres", "ask"]
 
 USER: Final = "ada"
 PASSWORD: Final = "sécret/@:%"  # noqa: S105 - made up; what is special in a URL, and no Latin-1 only
-READY_WITHIN_S: Final = 60.0
-ENDED_WITHIN_S: Final = 20.0
-STARTS_MAX: Final = 5
-LOG_TAIL_BYTES: Final = 4096
-
-S = TypeVar("S", bound="RunningDatabase")
 
 
-class RunningDatabase(ABC):
+class RunningDatabase(ServerProcess):
     """One server process on a port of 127.0.0.1 that it keeps over ``kill`` and ``restart``, and its data too.
 
     ``durable`` makes it sync what it commits; without, a server that is killed still keeps everything, the machine
@@ -55,6 +47,7 @@ class RunningDatabase(ABC):
 
     scheme: str
     what: str
+    _ready_within_s = 60.0
 
     def __init__(
         self,
@@ -64,14 +57,12 @@ class RunningDatabase(ABC):
         tls: TlsFiles | None = None,
         within: Path = Path("/tmp"),  # noqa: S108 - mkdtemp makes a folder of our own there
     ) -> None:
+        super().__init__()
         self.port = 0
         self._durable = durable
         self._settings = tuple(settings)
         self._tls = tls
         self._within = within
-        self._home: Path | None = None
-        self._child: Child | None = None
-        self._clean_up: weakref.finalize[..., RunningDatabase] | None = None
 
     async def start(self) -> None:
         """Start it and wait until it answers; with the data it has. Nothing if it runs.
@@ -82,30 +73,16 @@ class RunningDatabase(ABC):
             return
         begun_anew = self._home is None
         self._binaries()
-        trouble = ""
-        for _ in range(STARTS_MAX):
-            if begun_anew:
-                self.port = _free_port()
+        try:
             if self._home is None:
                 self._home = Path(tempfile.mkdtemp(prefix="sync-sql-", dir=self._within))
                 await asyncio.to_thread(self._prepare, self._home)
-            trouble = await self._attempt(self._home)
-            if not trouble:
-                return
-            if "ddress already in use" not in trouble:
-                break
-        if begun_anew:
-            await self.stop()
-        raise StoreError("l3", f"{self.what} did not start:\n{trouble}")
-
-    async def stop(self) -> None:
-        """End it at once and remove its folder."""
-        try:
-            await self.kill()
-        finally:
-            if self._clean_up is not None:
-                self._clean_up()
-            self._clean_up = self._child = self._home = None
+            if trouble := await self._tried(partial(self._attempt, self._home, begun_anew)):
+                raise StoreError("l3", f"{self.what} did not start: {trouble}\n{self._log_tail()}")
+        except BaseException:  # cancelled or failed alike: what is half made is of no use to the next start
+            if begun_anew:
+                await self.stop()
+            raise
 
     async def restart(self) -> None:
         """End it in order, which closes every connection, and start it again."""
@@ -114,12 +91,6 @@ class RunningDatabase(ABC):
         if not await child.gone(ENDED_WITHIN_S):
             await self.kill()
         await self.start()
-
-    async def kill(self) -> None:
-        """SIGKILL, and wait until the process is gone, and its children."""
-        if self._child is not None:
-            self._child.send(signal.SIGKILL)
-            await self._child.gone(ENDED_WITHIN_S)
 
     def strike(self) -> None:
         """SIGKILL for every process of it, now, for a callback in the middle of things; ``kill`` waits for the end."""
@@ -157,29 +128,10 @@ class RunningDatabase(ABC):
         """The URL of a database, over the Unix socket."""
 
     @property
-    def pid(self) -> int:
-        """Process id; raises ``NotRunning`` where there is none."""
-        return self._living().pid
-
-    @property
-    def running(self) -> bool:
-        """Whether the process exists (a paused one does)."""
-        return self._child is not None and self._child.alive
-
-    @property
     def log(self) -> str:
         """What the server has logged."""
         assert self._home is not None, "not started"
         return (self._home / "log").read_text(errors="replace")
-
-    async def __aenter__(self: S) -> S:
-        await self.start()
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.stop()
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__}, port {self.port}, {'running' if self.running else 'not running'}>"
@@ -205,25 +157,17 @@ class RunningDatabase(ABC):
 
     # How.
 
-    async def _attempt(self, home: Path) -> str:
-        with (home / "log").open("ab") as out:
-            child = self._child = Child(self._argv(home), home, out.fileno())
-        if self._clean_up is not None:
-            self._clean_up.detach()
-        self._clean_up = weakref.finalize(self, _clean_up, os.getpid(), home, child)
-        clock = asyncio.get_running_loop()
-        begin = clock.time()
-        trouble = ""
-        while child.alive and clock.time() - begin < READY_WITHIN_S:
-            try:
-                await ask(self.url(), "SELECT 1")
-            except TierUnavailable as down:
-                trouble = down.reason
-                await asyncio.sleep(0.02)
-            else:
-                return ""
-        await self.kill()
-        return f"(exit status {child.status}; {trouble})\n{self.log[-LOG_TAIL_BYTES:]}"
+    async def _attempt(self, home: Path, moves: bool) -> Child:
+        if moves:
+            self.port = free_port()
+        return self._launch(self._argv(home), home, home / "log", log_on=True)
+
+    async def _not_yet(self) -> str:
+        try:
+            await ask(self.url(), "SELECT 1")
+        except TierUnavailable as down:
+            return str(down)
+        return ""
 
     def _signal(self, number: signal.Signals) -> None:
         pids = [self.pid]
@@ -239,11 +183,6 @@ class RunningDatabase(ABC):
                 os.kill(pid, number)
             except ProcessLookupError:
                 continue
-
-    def _living(self) -> Child:
-        if self._child is None or not self._child.alive:
-            raise NotRunning(f"{self!r}")
-        return self._child
 
 
 class RunningMariaDB(RunningDatabase):
@@ -423,22 +362,3 @@ def _run(argv: Sequence[str], home: Path) -> None:
     done = subprocess.run(argv, cwd=home, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise StoreError("l3", f"{argv[0]}: {(done.stdout + done.stderr)[-LOG_TAIL_BYTES:]}")
-
-
-def _free_port() -> int:
-    while True:
-        port = random.choice(PORTS)  # noqa: S311 - no secret
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-        return port
-
-
-def _clean_up(owner_pid: int, home: Path, child: Child) -> None:
-    if os.getpid() != owner_pid:
-        return  # A forked child of ours: server and folder belong to its parent.
-    child.send(signal.SIGKILL)
-    shutil.rmtree(home, ignore_errors=True)

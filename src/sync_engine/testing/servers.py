@@ -6,19 +6,13 @@
 
 from __future__ import annotations
 
-import asyncio
-import os
-import random
 import shutil
-import signal
-import socket
 import tempfile
-import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 from urllib.parse import quote
 
@@ -29,18 +23,10 @@ from redis.exceptions import AuthenticationError, RedisError
 
 from sync_engine._child import Child
 from sync_engine._redis_server import Binaries, installed
-from sync_engine.errors import ConfigError, NotRunning, StoreError
+from sync_engine._server_process import ServerProcess, free_port
+from sync_engine.errors import ConfigError, StoreError
 
 __all__ = ["ACL_USER", "KINDS", "RedisKind", "RunningRedis", "TlsFiles", "acl_rule", "ask", "tls_files"]
-
-READY_WITHIN_S = 30.0
-ENDED_WITHIN_S = 15.0
-STARTS_MAX = 5
-"""A free port can be taken by somebody else between our look and the server's bind."""
-PORTS = range(10_000, 22_000)
-"""Below the ports that the kernel gives to clients, also with the 10,000 that a cluster node adds for its bus: a
-server that was killed finds its port free again."""
-LOG_TAIL_BYTES = 2048
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +95,7 @@ def tls_files(folder: Path, *names: str) -> TlsFiles:
     return files
 
 
-class RunningRedis:
+class RunningRedis(ServerProcess):
     """One server process, on a port of 127.0.0.1 that it keeps over ``kill`` and ``restart``.
 
     Nothing is written to disk unless asked (``extra_args=("--appendonly", "yes")`` or the command SAVE): a server
@@ -118,6 +104,8 @@ class RunningRedis:
     With ``tls`` it listens on a second port, which only kind `redis-7` can. ``config`` are further lines of its
     configuration file. ``sentinel`` makes it one, without modules.
     """
+
+    _ready_within_s = 30.0
 
     def __init__(
         self,
@@ -130,6 +118,7 @@ class RunningRedis:
         users: Sequence[str] = (),
         sentinel: bool = False,
     ) -> None:
+        super().__init__()
         self.kind = kind
         self.port = 0
         self.tls_port = 0
@@ -138,9 +127,6 @@ class RunningRedis:
         self._sentinel = sentinel
         self._extra_args = tuple(extra_args)
         self._config = (*config, *(f"user {user}" for user in users))
-        self._home: Path | None = None
-        self._child: Child | None = None
-        self._clean_up: weakref.finalize[..., RunningRedis] | None = None
 
     async def start(self) -> None:
         """Start it and wait until it answers; at the address it had, if it was killed. Nothing if it runs.
@@ -152,31 +138,16 @@ class RunningRedis:
             return
         binaries = self.kind.binaries()
         begun_anew = self._home is None
-        if self._home is None:
-            self._home = Path(tempfile.mkdtemp(prefix="sync-redis-", dir="/tmp"))  # a socket path has to be short
-            (self._home / "data").mkdir()
-        trouble = ""
-        for _ in range(STARTS_MAX):
-            if begun_anew:
-                self.port, self.tls_port = _free_port(), _free_port() if self._tls else 0
-            trouble = await self._attempt(binaries, self._home)
-            if not trouble:
-                return
-            if "Address already in use" not in trouble:
-                break
-            await asyncio.sleep(0.1)
-        if begun_anew:
-            await self.stop()
-        raise StoreError("l2", f"{self.kind} did not start:\n{trouble}")
-
-    async def stop(self) -> None:
-        """End it at once and remove its folder."""
         try:
-            await self.kill()
-        finally:
-            if self._clean_up is not None:
-                self._clean_up()
-            self._clean_up = self._child = self._home = None
+            if self._home is None:
+                self._home = Path(tempfile.mkdtemp(prefix="sync-redis-", dir="/tmp"))  # a socket path has to be short
+                (self._home / "data").mkdir()
+            if trouble := await self._tried(partial(self._attempt, binaries, self._home, begun_anew), 0.1):
+                raise StoreError("l2", f"{self.kind} did not start: {trouble}\n{self._log_tail()}")
+        except BaseException:  # cancelled or failed alike: no server is left behind that nobody has seen
+            if begun_anew:
+                await self.stop()
+            raise
 
     async def restart(self, *, empty: bool = False) -> None:
         """End it and start it again at the same address, with the items it has or without."""
@@ -187,23 +158,6 @@ class RunningRedis:
             (self._home / "data" / "dump.rdb").unlink(missing_ok=True)
             shutil.rmtree(self._home / "data" / "appendonlydir", ignore_errors=True)
         await self.start()
-
-    async def kill(self) -> None:
-        """SIGKILL, and wait until the process is gone."""
-        if self._child is not None:
-            self._child.send(signal.SIGKILL)
-            await self._child.gone(ENDED_WITHIN_S)
-
-    async def pause(self) -> None:
-        """SIGSTOP: the kernel still accepts connections, nobody answers. Returns when the server stands still."""
-        child = self._living()
-        child.send(signal.SIGSTOP)
-        while child.alive and not child.stands_still():  # noqa: ASYNC110 - the kernel's news, no asyncio.Event
-            await asyncio.sleep(0.001)
-
-    async def resume(self) -> None:
-        """SIGCONT: the end of a pause."""
-        self._living().send(signal.SIGCONT)
 
     async def ask(self, *command: str | int | bytes) -> Any:
         """The reply to a command of the test's own, as the default user, on a connection of its own."""
@@ -226,60 +180,34 @@ class RunningRedis:
         return f"{scheme}://{quote(user, safe='')}:{quote(password, safe='')}@{rest}"
 
     @property
-    def pid(self) -> int:
-        """Process id; raises ``NotRunning`` where there is none."""
-        return self._living().pid
-
-    @property
-    def running(self) -> bool:
-        """Whether the process exists (a paused one does)."""
-        return self._child is not None and self._child.alive
-
-    @property
     def log(self) -> str:
         """What the server has logged."""
         assert self._home is not None, "not started"
         return (self._home / "redis.log").read_text(errors="replace")
 
-    async def __aenter__(self) -> RunningRedis:
-        await self.start()
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.stop()
-
     def __repr__(self) -> str:
         role = "sentinel" if self._sentinel else "server"
         return f"<RunningRedis {self.kind} {role}, port {self.port}, {'running' if self.running else 'not running'}>"
 
-    async def _attempt(self, binaries: Binaries, home: Path) -> str:
-        """Empty once the server answers, otherwise the end of its log."""
+    async def _attempt(self, binaries: Binaries, home: Path, moves: bool) -> Child:
+        if moves:
+            self.port, self.tls_port = free_port(), free_port() if self._tls else 0
         (home / "redis.conf").write_text("".join(f"{line}\n" for line in self._lines(binaries, home)))
         # Debian's executable is several programs in one and goes by the name it is called with.
         server = home / "redis-server"
         server.unlink(missing_ok=True)
         server.symlink_to(binaries.server)
         argv = [str(server), str(home / "redis.conf"), *(("--sentinel",) if self._sentinel else ()), *self._extra_args]
-        with (home / "redis.log").open("wb") as out:
-            child = self._child = Child(argv, home, out.fileno())
-        if self._clean_up is not None:
-            self._clean_up.detach()
-        self._clean_up = weakref.finalize(self, _clean_up, os.getpid(), home, child)
-        clock = asyncio.get_running_loop()
-        begin = clock.time()
-        while child.alive and clock.time() - begin < READY_WITHIN_S:
-            try:
-                await self.ask("PING")
-            except AuthenticationError:
-                return ""  # `extra_args` set a password; it answers
-            except (RedisError, OSError):
-                await asyncio.sleep(0.01)
-            else:
-                return ""
-        await self.kill()
-        return f"(exit status {child.status})\n{self.log[-LOG_TAIL_BYTES:]}"
+        return self._launch(argv, home, home / "redis.log", log_on=False)
+
+    async def _not_yet(self) -> str:
+        try:
+            await self.ask("PING")
+        except AuthenticationError:
+            return ""  # `extra_args` set a password; it answers
+        except (RedisError, OSError) as silent:
+            return repr(silent)
+        return ""
 
     def _lines(self, binaries: Binaries, home: Path) -> list[str]:
         lines = ["bind 127.0.0.1", f"port {self.port}", f"dir {home / 'data'}"]
@@ -298,11 +226,6 @@ class RunningRedis:
     def _socket(self) -> Path:
         assert self._home is not None, "not started"
         return self._home / "redis.sock"
-
-    def _living(self) -> Child:
-        if self._child is None or not self._child.alive:
-            raise NotRunning(f"{self!r}")
-        return self._child
 
 
 async def ask(url: str, *command: str | int | bytes) -> Any:
@@ -326,23 +249,3 @@ def _debian() -> Path:
     if found is None:
         raise ConfigError("no Redis of Debian's: redis-check-rdb is missing. Run: apt-get install redis-tools")
     return Path(found).resolve()
-
-
-def _free_port() -> int:
-    while True:
-        port = random.choice(PORTS)  # noqa: S311 - no secret
-        try:
-            for probed in (port, port + 10_000):
-                with socket.socket() as probe:
-                    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                    probe.bind(("127.0.0.1", probed))
-        except OSError:
-            continue
-        return port
-
-
-def _clean_up(owner_pid: int, home: Path, child: Child) -> None:
-    if os.getpid() != owner_pid:
-        return  # A forked child of ours: server and folder belong to its parent.
-    child.send(signal.SIGKILL)
-    shutil.rmtree(home, ignore_errors=True)

@@ -18,9 +18,11 @@ from sync_engine.errors import TierUnavailable
 from sync_engine.item import Op
 from sync_engine.options import Ack
 from sync_engine.ports import Cache, Truth
+from sync_engine.write.filing import Filing
 from sync_engine.write.path import WritePath
 from sync_engine.write.pending import PendingIndex
 from sync_engine.write.quarantine import Quarantine, Quarantined, withdraw
+from sync_engine.write.shown import Shown
 
 __all__ = ["Refusals"]
 
@@ -28,17 +30,21 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+AT_ONCE = 200
+"""Refused operations that are sent again with one append to the log: whole items, of whatever size."""
+
 
 @dataclass(frozen=True, slots=True)
 class Refusals:
-    """The quarantine, and what it takes to empty it. ``most`` operations are sent at a time."""
+    """The quarantine, and what it takes to empty it."""
 
     quarantine: Quarantine
+    filing: Filing
     pending: PendingIndex
+    shown: Shown
     writes: WritePath
     truth: Truth | None
     cache: Cache | None
-    most: int
 
     async def retry(self, chosen: Sequence[Quarantined]) -> int:
         """Send these again, in stamp order; how many were sent.
@@ -48,14 +54,14 @@ class Refusals:
         holds something newer, and what ``WritePath.write`` raises; what was sent by then is on its way.
         """
         sent = 0
-        for start in range(0, len(chosen), self.most):
-            page = [each for each in chosen[start : start + self.most] if self._has_its_tiers(each.op)]
+        for start in range(0, len(chosen), AT_ONCE):
+            page = [each for each in chosen[start : start + AT_ONCE] if self._has_its_tiers(each.op)]
             newest = await self._newest_stamps([each.op for each in page])
             for each in page:
                 if newest.get(each.op.object_id, 0) > each.op.stamp:
                     log.warning("%r is not sent again: a newer write of its id is stored", each)
                     await _on_file(self.quarantine.overtaken(each.op.object_id, each.op.stamp))
-                    self.writes.gave_up(each.op)
+                    self.shown.gave_up(each.op)
             for _, run in groupby(page, key=lambda each: each.op.sql):
                 unseen = self.writes.unseen()
                 ops = [_as_sent(each.op) for each in run if self._is_at_rest(each, unseen)]
@@ -77,10 +83,10 @@ class Refusals:
                 await withdraw(self.cache, op)
             if await _on_file(self.quarantine.forget(op.object_id, op.stamp)) is not None:
                 log.warning("dropped for good: %r, stamp %d, %d bytes", each, op.stamp, op.size)
-                self.writes.gave_up(op)
+                self.shown.gave_up(op)
                 dropped += 1
         if dropped:
-            await self.writes.file_again()  # or the log would still have what could not be filed, and replay it
+            await self.filing.again()  # or the log would still have what could not be filed, and replay it
         return dropped
 
     async def stands(self, each: Quarantined) -> bool:

@@ -19,7 +19,7 @@ from sync_engine.resilience import Retries, RetryPolicy, retrying
 from sync_engine.write.batcher import Batcher
 from sync_engine.write.pending import Entry
 
-__all__ = ["Lane", "Plan", "plan_flush"]
+__all__ = ["Carrier", "Lane", "Plan", "plan_flush"]
 
 log = logging.getLogger(__name__)
 

@@ -7,13 +7,14 @@ memory while the budget lasts and is otherwise read back from the log.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import msgspec
 from msgspec import structs
 
+from sync_engine.errors import StoreError
 from sync_engine.item import Op, SyncItem
-from sync_engine.ports import Logged
+from sync_engine.ports import Journal, Logged
 
 __all__ = ["Entry", "PendingIndex", "overlay"]
 
@@ -128,7 +129,8 @@ class Entry(msgspec.Struct, eq=False):
 class PendingIndex:
     """id → newest unsettled operation."""
 
-    def __init__(self, memory_bytes_max: int) -> None:
+    def __init__(self, memory_bytes_max: int, journal: Journal | None) -> None:
+        self._journal = journal
         self._newest: dict[str, Entry] = {}
         self.memory_bytes_max = memory_bytes_max
         self.memory_bytes = 0
@@ -169,11 +171,30 @@ class PendingIndex:
             self.memory_bytes -= entry.size
             entry.release_value()
 
-    def restore(self, entry: Entry, op: Op) -> None:
-        """Put a value that was read back from the log into memory again, for the flush at hand."""
-        if not entry.value_in_memory:
-            entry.op = op
-            self.memory_bytes += entry.size
+    async def load(self, batch: Sequence[Entry]) -> None:
+        """Read values that only the log holds back into memory, for the flush at hand."""
+        if self._journal is None:
+            return
+        sources = {id(source): source for entry in batch for source in (entry, entry.base) if source is not None}
+        while wanted := [source for source in sources.values() if source.value_in_log_only]:
+            records = [source.logged for source in wanted if source.logged is not None]
+            try:
+                ops = await self._journal.read(records)
+            except StoreError:
+                # A base may have settled, and its record gone, while it was being read. Anything else is damage.
+                if all(source.value_in_log_only for source in wanted):
+                    raise
+                continue
+            for source, op in zip(wanted, ops, strict=True):
+                if not source.value_in_memory:
+                    source.op = op
+                    self.memory_bytes += source.size
+
+    async def read_back(self, entry: Entry) -> SyncItem | None:
+        """The item of one pending put whose value only the log holds."""
+        if entry.logged is None or not entry.reloadable or self._journal is None:
+            return None
+        return (await self._journal.read([entry.logged]))[0].item
 
     def became(self, entry: Entry, op: Op) -> None:
         """A tier has applied the entry as this operation, so that is what it is from here on."""

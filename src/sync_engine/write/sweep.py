@@ -10,12 +10,15 @@ later, by whomever; the truth compares the state as well, since the clock of ano
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 
-from sync_engine.errors import InvalidId, InvalidItem, TierNotConfigured
-from sync_engine.item import check_id
+from sync_engine.errors import InvalidId, InvalidItem, TierNotConfigured, TierUnavailable
+from sync_engine.item import Op, check_id
+from sync_engine.options import Ack
 from sync_engine.ports import Truth
+from sync_engine.write.flush import Lane
 from sync_engine.write.path import WritePath
 
 __all__ = ["check_prefix", "sweep"]
@@ -49,7 +52,7 @@ async def sweep(
         else:
             page = await truth.list_prefix_ids(prefix, most, after=after)
         if ids := [object_id for object_id in page if _is_ours(object_id)]:
-            deleted += await writes.sweep(ids, moment, state or "")
+            deleted += await _delete(writes, ids, moment, state or "")
         if len(page) < most:
             return deleted
         after = page[-1]
@@ -61,6 +64,33 @@ def check_prefix(prefix: object, *, allow_all: bool) -> None:
         raise InvalidItem("prefix", f"a {type(prefix).__name__}", "must be a str")
     if not prefix and allow_all is not True:
         raise InvalidItem("prefix", "''", "is every item, which needs allow_all=True")
+
+
+async def _delete(writes: WritePath, ids: Sequence[str], stamp: int, only_in: str) -> int:
+    """Delete those of the items that the truth holds in that state ("": in any), no newer than ``stamp``.
+
+    Returns once the truth has decided: how many it deleted. Raises what ``write`` does, and ``TierUnavailable``
+    where the truth is in trouble for longer than a write waits for room; it decides all the same, later.
+    """
+    assert writes.truth is not None, "whoever sweeps has asked the truth for the ids"
+    drafts = [Op(kind="delete", object_id=each, stamp=stamp, only_in_state=only_in) for each in ids]
+    entries = await writes.write(drafts, Ack.LOGGED)
+    await _decided(writes.truth, writes)
+    return sum(not entry.spared and entry.error is None for entry in entries)
+
+
+async def _decided(truth: Lane, writes: WritePath) -> None:
+    """Wait for what the truth was given; a blip is waited out, for as long as a write waits for room."""
+    while True:
+        try:
+            return await truth.current()
+        except TierUnavailable:
+            try:
+                async with asyncio.timeout(writes.patience_s):
+                    return await truth.batcher.drained()
+            except TimeoutError:
+                if truth.trouble is not None:
+                    raise TierUnavailable(truth.tier.name, truth.trouble) from None
 
 
 def _is_ours(object_id: str) -> bool:

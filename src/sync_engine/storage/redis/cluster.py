@@ -10,10 +10,10 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import hiredis
 from redis.asyncio.cluster import ClusterNode, RedisCluster
@@ -22,19 +22,17 @@ from redis.backoff import NoBackoff
 from redis.maint_notifications import MaintNotificationsConfig
 
 from sync_engine.errors import ConfigError, NotRunning, TierUnavailable
+from sync_engine.storage.redis.calls import Calls
 from sync_engine.storage.redis.capabilities import Capabilities
 from sync_engine.storage.redis.connect import Line, checked_options
 from sync_engine.storage.redis.pipe import Pipe
 from sync_engine.storage.redis.pool import Pool
-from sync_engine.storage.redis.refusals import CLOSED, NotHere, UnknownScript
-from sync_engine.storage.redis.scripts import Script
+from sync_engine.storage.redis.refusals import CLOSED, NotHere
 from sync_engine.storage.redis.shards import Arg, Listening, Shard
 from sync_engine.storage.redis.slots import TAGS, Node, reached_at, shard_number
 from sync_engine.storage.redis.topology import Topology
 
 __all__ = ["Cluster"]
-
-R = TypeVar("R")
 
 PAUSE_MIN_S, PAUSE_MAX_S = 0.01, 0.25
 """Before a call that no node would serve is sent again."""
@@ -43,7 +41,7 @@ LOOKED_S_AGO_MAX = 1.0
 """What is asked of every primary is asked of one that joined this long ago, though no call of ours went astray."""
 
 
-class Cluster:
+class Cluster(Calls):
     """``Servers`` that are many. Opens no connection before the first call."""
 
     single = False
@@ -67,22 +65,18 @@ class Cluster:
             raise ConfigError("redis_url: names no node of a cluster")
         if "{" in prefix or "}" in prefix:
             raise ConfigError(f"redis_prefix {prefix!r}: no braces on a cluster, where they would be a hash tag")
+        super().__init__(on_new_server)
         self.shards: Sequence[Shard] = tuple(Shard(n, f"{prefix}{{{tag}}}") for n, tag in enumerate(TAGS))
         self._seeds = tuple(nodes)
         self._timeout_ms = timeout_ms
         self._response_timeout_ms = response_timeout_ms
         self._patience_s = response_timeout_ms / 1000
         self._options = dict(options)
-        self._on_new_server = on_new_server
         self._lines: dict[Node, Line] = {}
         self._pipes: dict[Node, Pipe] = {}
         self._listeners: Counter[Node] = Counter()
         self._topology = Topology(nodes, ask=self._slots, own=self.own, on_new=self._new_server)
-        self._tasks: set[asyncio.Task[Any]] = set()
-        self._capabilities: Capabilities | None = None
-        self._finding: asyncio.Task[Capabilities] | None = None
         self._client: RedisCluster | None = None
-        self._closed = False
         self._line(self._seeds[0])  # opens nothing, but refuses bad options
 
     @property
@@ -116,33 +110,6 @@ class Cluster:
         """For each primary that has any of our shards, those; a call for one of them reaches it."""
         await self._topology.known(LOOKED_S_AGO_MAX)
         return [tuple(self.shards[n] for n in part) for part in self._topology.primaries.values()]
-
-    async def capabilities(self) -> Capabilities:
-        """What every primary can do; asked when they first answer, and anew when they are others."""
-        if self._capabilities is not None:
-            return self._capabilities
-        if self._finding is None or self._finding.done():
-            self._finding = self.own(self._find_out())
-        return await asyncio.shield(self._finding)
-
-    async def call(self, shard: Shard, *args: Arg) -> Any:
-        """The reply to one command. Raises ``TierUnavailable`` or ``StoreError``."""
-        return await asyncio.shield(self.own(self.exchange(shard, *args)))
-
-    async def run(self, shard: Shard, script: Script, keys: Sequence[Arg], args: Sequence[Arg]) -> Any:
-        """The reply to one script, sent by its hash and, where the server has not seen it, by its text."""
-        return await asyncio.shield(self.start(shard, script, keys, args))
-
-    def start(self, shard: Shard, script: Script, keys: Sequence[Arg], args: Sequence[Arg]) -> asyncio.Task[Any]:
-        """``run`` in a task of ours; whoever awaits it does so shielded."""
-        return self.own(self.evaluate(shard, script, keys, args))
-
-    async def evaluate(self, shard: Shard, script: Script, keys: Sequence[Arg], args: Sequence[Arg]) -> Any:
-        """``run`` in the caller's own task, which must be one that nobody cancels."""
-        try:
-            return await self.exchange(shard, "EVALSHA", script.sha, len(keys), *keys, *args)
-        except UnknownScript:
-            return await self.exchange(shard, "EVAL", script.text, len(keys), *keys, *args)
 
     async def exchange(self, shard: Shard, *args: Arg) -> Any:
         """One command and its reply in the caller's own task, which must be one that nobody cancels."""
@@ -178,25 +145,11 @@ class Cluster:
 
     async def close(self) -> None:
         """Let calls under way finish, then close every connection. Safe to call twice."""
-        while self._tasks:
-            await asyncio.wait(self._tasks)
-        self._closed = True
+        await self._finish()
         for line in self._lines.values():
             await line.close()
         if self._client is not None:
             await self._client.aclose()
-
-    def own(self, call: Coroutine[Any, Any, R]) -> asyncio.Task[R]:
-        """A task that ``close`` waits for."""
-        task = asyncio.get_running_loop().create_task(call)
-        self._tasks.add(task)
-        task.add_done_callback(self._done)
-        return task
-
-    def _done(self, task: asyncio.Task[Any]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled():
-            task.exception()  # a caller that was cancelled will not ask for it
 
     async def _owner(self, shard: Shard) -> Node:
         await self._topology.known()
@@ -276,11 +229,6 @@ class Cluster:
         if asyncio.current_task() is self._finding:  # no other server was met meanwhile
             self._capabilities = found
         return found
-
-    def _new_server(self) -> None:
-        self._capabilities = self._finding = None
-        if self._on_new_server is not None:
-            self._on_new_server()
 
     def __repr__(self) -> str:
         primaries, calls = len(self._topology.primaries), len(self._tasks)

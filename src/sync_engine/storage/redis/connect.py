@@ -1,28 +1,26 @@
 """The line to one Redis: a bounded pool of connections, and calls that survive their caller.
 
 Commands are packed by hiredis and sent over a pooled connection directly: redis-py's own asyncio packing
-costs 0.5 µs per argument and its retry would send a write twice. Every call runs in a task owned here, so
-that cancelling a caller never leaves a reply in the socket for the next one to read.
+costs 0.5 µs per argument and its retry would send a write twice.
 """
 
 from __future__ import annotations
 
-import asyncio
 import logging
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, contextmanager, suppress
-from typing import Any, TypeVar
+from typing import Any
 
 import hiredis
 from redis.asyncio import Redis
 from redis.exceptions import ReadOnlyError, RedisError
 
 from sync_engine.errors import ConfigError, NotRunning, TierUnavailable
+from sync_engine.storage.redis.calls import Calls
 from sync_engine.storage.redis.capabilities import Capabilities, capabilities_of, questions
 from sync_engine.storage.redis.listen import Listener, listening
 from sync_engine.storage.redis.pool import CONNECTIONS_MAX, Pool, ask
-from sync_engine.storage.redis.refusals import CLOSED, UnknownScript, translated
-from sync_engine.storage.redis.scripts import Script
+from sync_engine.storage.redis.refusals import CLOSED, translated
 from sync_engine.storage.redis.sentinel import SentinelPool, Sentinels
 from sync_engine.storage.redis.shards import Arg, Shard
 
@@ -30,10 +28,8 @@ __all__ = ["CONNECTIONS_MAX", "Line", "checked_options"]
 
 log = logging.getLogger(__name__)
 
-R = TypeVar("R")
 
-
-class Line:
+class Line(Calls):
     """``Servers`` that are one. Opens no connection before the first call.
 
     ``options`` are redis-py's for a connection, as ``address.meaning_of`` finds them in a URL; with ``sentinels``
@@ -53,29 +49,17 @@ class Line:
         on_new_server: Callable[[], None] | None = None,
         sentinels: Sentinels | None = None,
     ) -> None:
+        super().__init__(on_new_server)
         self.shards: Sequence[Shard] = (Shard(0, prefix),)
-        self._on_new_server = on_new_server
         bounds: dict[str, Any] = {
             "timeout_s": timeout_ms / 1000,
             "response_timeout_s": response_timeout_ms / 1000,
-            "on_new_server": self._another_server,
+            "on_new_server": self._new_server,
         }
         with checked_options():
             self._pool = Pool(options, **bounds) if sentinels is None else SentinelPool(options, sentinels, **bounds)
         self.client = Redis(connection_pool=self._pool)
-        self._tasks: set[asyncio.Task[Any]] = set()
         self._listeners: set[Listener] = set()
-        self._closed = False
-        self._capabilities: Capabilities | None = None
-        self._finding: asyncio.Task[Capabilities] | None = None
-
-    async def capabilities(self) -> Capabilities:
-        """What the server can do; asked when it first answers, and anew when it is another."""
-        if self._capabilities is not None:
-            return self._capabilities
-        if self._finding is None or self._finding.done():
-            self._finding = self.own(self._find_out())
-        return await asyncio.shield(self._finding)
 
     def shard_of(self, object_id: str) -> Shard:
         """The only one."""
@@ -88,25 +72,6 @@ class Line:
     async def primaries(self) -> Sequence[tuple[Shard, ...]]:
         """The only one has the only one."""
         return ((self.shards[0],),)
-
-    async def call(self, shard: Shard, *args: Arg) -> Any:
-        """The reply to one command. Raises ``TierUnavailable`` or ``StoreError``."""
-        return await asyncio.shield(self.own(self.exchange(shard, *args)))
-
-    async def run(self, shard: Shard, script: Script, keys: Sequence[Arg], args: Sequence[Arg]) -> Any:
-        """The reply to one script, sent by its hash and, where the server has not seen it, by its text."""
-        return await asyncio.shield(self.start(shard, script, keys, args))
-
-    def start(self, shard: Shard, script: Script, keys: Sequence[Arg], args: Sequence[Arg]) -> asyncio.Task[Any]:
-        """``run`` in a task of ours; whoever awaits it does so shielded."""
-        return self.own(self.evaluate(shard, script, keys, args))
-
-    async def evaluate(self, shard: Shard, script: Script, keys: Sequence[Arg], args: Sequence[Arg]) -> Any:
-        """``run`` in the caller's own task, which must be one that nobody cancels."""
-        try:
-            return await self.exchange(shard, "EVALSHA", script.sha, len(keys), *keys, *args)
-        except UnknownScript:
-            return await self.exchange(shard, "EVAL", script.text, len(keys), *keys, *args)
 
     async def exchange(self, shard: Shard, *args: Arg) -> Any:
         """One command and its reply in the caller's own task, which must be one that nobody cancels."""
@@ -137,20 +102,11 @@ class Line:
 
     async def close(self) -> None:
         """Let calls under way finish, end what listens, close every connection. Safe to call twice."""
-        while self._tasks:
-            await asyncio.wait(self._tasks)
-        self._closed = True
+        await self._finish()
         for listener in list(self._listeners):
             await listener.close()
         with suppress(RedisError, OSError):  # a server that does not answer gets no farewell
             await self._pool.aclose()
-
-    def own(self, call: Coroutine[Any, Any, R]) -> asyncio.Task[R]:
-        """A task that ``close`` waits for."""
-        task = asyncio.get_running_loop().create_task(call)
-        self._tasks.add(task)
-        task.add_done_callback(self._done)
-        return task
 
     async def _find_out(self) -> Capabilities:
         if self._closed:
@@ -171,16 +127,6 @@ class Line:
             elif not found.search:
                 log.warning("this Redis has no RediSearch: items cannot be searched there")
         return found
-
-    def _another_server(self) -> None:
-        self._capabilities = self._finding = None
-        if self._on_new_server is not None:
-            self._on_new_server()
-
-    def _done(self, task: asyncio.Task[Any]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled():
-            task.exception()  # a caller that was cancelled will not ask for it
 
     def __repr__(self) -> str:
         return f"<Line {len(self._tasks)} calls under way{', closed' if self._closed else ''}>"

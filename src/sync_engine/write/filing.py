@@ -1,0 +1,79 @@
+"""Files refused operations in the quarantine, and takes out what has ended; what cannot be filed stays in the log."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable
+
+from sync_engine.item import Op
+from sync_engine.ports import Journal, Logged
+from sync_engine.write.pending import Entry
+from sync_engine.write.quarantine import Quarantine
+
+__all__ = ["Filing"]
+
+log = logging.getLogger(__name__)
+
+
+class Filing:
+    """Keeps the files of the quarantine and the log in step: one of them has every refused operation."""
+
+    def __init__(self, quarantine: Quarantine, journal: Journal | None) -> None:
+        self._quarantine = quarantine
+        self._journal = journal
+        self._unfiled: list[tuple[Op, Logged]] = []  # refused, and the quarantine could not be written
+
+    async def refused(self, entry: Entry, tier: str, reason: str) -> None:
+        """File this operation, for later if it must be."""
+        op, logged = entry.effective(), entry.logged
+        if not await self._done(entry, self._quarantine.keep(op, tier, reason)) and logged:
+            self._unfiled.append((op, logged))
+            self.relieve()
+
+    async def answered(self, entry: Entry) -> None:
+        """The truth has said that it does not happen: if it is on file, it leaves."""
+        await self._done(entry, self._quarantine.forget(entry.op.object_id, entry.op.stamp))
+
+    def ends_with(self, entry: Entry) -> bool:
+        """Whether something refused is on file that the entry, now stored, may have overtaken."""
+        refused = self._quarantine.get(entry.op.object_id)
+        # A change of the state of what no tier holds has changed nothing.
+        return refused is not None and not (entry.op.kind == "restate" and refused.nowhere_else)
+
+    async def stored(self, entry: Entry) -> None:
+        """Take out what was refused before this entry, which is stored."""
+        await self._done(entry, self._quarantine.overtaken(entry.op.object_id, entry.op.stamp))
+
+    async def again(self) -> None:
+        """Write what the quarantine could not, and let the log go of it.
+
+        A record that is never settled holds its segment, and with it every later one: the log would only grow.
+        """
+        while self._unfiled:
+            assert self._journal is not None, "what no log holds is not kept by it either"
+            op, logged = self._unfiled[0]
+            try:
+                await self._quarantine.again(op)
+            except OSError:
+                self.relieve()
+                return
+            if (op, logged) in self._unfiled:  # the other lane may have been here meanwhile
+                self._unfiled.remove((op, logged))
+                self._journal.settle([logged.seq])
+
+    def relieve(self) -> None:
+        """A disk has no room; it may be the log's, which has some left for whoever lets it settle."""
+        if self._journal is not None:
+            self._journal.relieve()
+
+    async def _done(self, entry: Entry, change: Awaitable[object]) -> bool:
+        try:
+            await change
+        except OSError as failed:
+            log.error("the quarantine cannot be written (%s): the log keeps the operation", failed.strerror)  # noqa: TRY400 - the place in the code says nothing
+            entry.logged = None
+            return False
+        return True
+
+    def __repr__(self) -> str:
+        return f"<Filing {len(self._unfiled)} not on file>"
