@@ -18,31 +18,22 @@ from sync_engine.embedded import EmbeddedRedis
 from sync_engine.errors import SyncEngineError, TierUnavailable
 from sync_engine.evict import Eviction
 from sync_engine.heal import Healing
-from sync_engine.item import Op
 from sync_engine.late import Late
+from sync_engine.links import Link, Links
 from sync_engine.log import WriteAheadLog
 from sync_engine.notes import Notes
-from sync_engine.parts import STREAM_MAY_GO, Link, Parts
-from sync_engine.ports import Cache, Clock, Journal, Tier, Truth
-from sync_engine.pressure import Bands, Gate
+from sync_engine.parts import STREAM_MAY_GO, Parts
+from sync_engine.ports import Cache, Clock, Tier, Truth
 from sync_engine.read import Reader
-from sync_engine.resilience import Breaker, Guarded, Retries, RetryPolicy
+from sync_engine.resilience import Breaker, Guarded, Retries
 from sync_engine.storage.memory import L1Cache
 from sync_engine.storage.redis import ChangeStream, RedisStore
 from sync_engine.storage.sql import SqlStore
 from sync_engine.storage.sql.network import Limits
 from sync_engine.trust import Trust, Trusted
-from sync_engine.write.again import Refusals
-from sync_engine.write.batcher import Batcher
-from sync_engine.write.commits import Commits
-from sync_engine.write.filing import Filing
-from sync_engine.write.flush import Carrier, Lane
-from sync_engine.write.passing import Passing
-from sync_engine.write.path import WritePath
 from sync_engine.write.pending import PendingIndex
 from sync_engine.write.quarantine import Quarantine
-from sync_engine.write.route import Route
-from sync_engine.write.shown import Shown, View
+from sync_engine.writing import writing
 
 __all__ = ["Outside", "build"]
 
@@ -99,9 +90,7 @@ async def build(
         if config.enable_cdc_stream:
             stream = ChangeStream(notes.writer, config.cdc_stream_key, config.cdc_stream_maxlen)
         redis = await _cache(config, clock, around, trust, stream, opened, outside)
-        links = [link for link in (truth, redis) if link is not None]
-        for link in links:
-            link.tier.bound(*link.deadlines_s(config))
+        links = Links([link for link in (truth, redis) if link is not None], config)
         l2 = None if redis is None else Trusted(redis.tier, trust, l3, clock, pending.newest_stamp)
         healing = eviction = None
         if redis is not None and l3 is not None:
@@ -143,7 +132,7 @@ async def build(
             clock=clock,
             promotion_ttl_ms=round(config.promotion_ttl * 1000),
         )
-        writes, refusals = _writing(
+        writes, refusals = writing(
             config,
             clock,
             stamps,
@@ -154,8 +143,7 @@ async def build(
             truth,
             redis,
             cast(Cache | None, l2),
-            # With a change stream Redis is given what it does not keep as well: it tells of it.
-            cache_keeps=_keeps_redis if stream is None else _keeps_all,
+            told=stream is not None,
         )
         recovered = len(journal.recovered) if journal is not None else 0
         if journal is not None and recovered:
@@ -268,85 +256,3 @@ async def _late(
     except TierUnavailable as down:
         log.warning("starting without %s: %s", name, down)
     return late
-
-
-def _writing(
-    config: SyncEngineConfig,
-    clock: Clock,
-    stamps: Stamps,
-    journal: Journal | None,
-    pending: PendingIndex,
-    quarantine: Quarantine,
-    view: View,
-    sql: Link | None,
-    redis: Link | None,
-    l2: Cache | None,
-    *,
-    cache_keeps: Callable[[Op], bool],
-) -> tuple[WritePath, Refusals]:
-    """What takes a write from its caller through the log and both tiers, and what it leaves in the quarantine."""
-    gate = Gate(
-        ops_max=config.wal_max_items,
-        bytes_max=config.pending_max_bytes,
-        wait_ms=config.backpressure_wait_ms,
-        bands=Bands(config.backpressure_warn, config.backpressure_critical),
-        sleep=clock.sleep,
-    )
-    l3 = None if sql is None else sql.tier
-    shown = Shown(pending, view)
-    filing = Filing(quarantine, journal)
-    to_l3, to_l2 = _batcher(config, clock), _batcher(config, clock)
-    route = Route(gate, truth=to_l3 if l3 is not None else None, cache=to_l2 if l2 is not None else None)
-    passing = Passing(
-        route=route, shown=shown, pending=pending, filing=filing, gate=gate, journal=journal, truth=l3, cache=l2
-    )
-    truth = cache = None
-    if sql is not None:
-        # A cache-only item rarely has a row: it is asked for before it is deleted.
-        truth = _lane(sql.tier, to_l3, sql.retries, passing, _keeps_sql, erases_blindly=False)
-    if redis is not None and l2 is not None:
-        cache = _lane(l2, to_l2, redis.retries, passing, cache_keeps, erases_blindly=True)
-    writes = WritePath(
-        stamps=stamps,
-        gate=gate,
-        commits=Commits(journal, gate=gate, pending=pending, shown=shown, route=route),
-        pending=pending,
-        shown=shown,
-        route=route,
-        truth=truth,
-        cache=cache,
-    )
-    return writes, Refusals(quarantine, filing, pending, shown, writes, l3, l2)
-
-
-def _batcher(config: SyncEngineConfig, clock: Clock) -> Batcher:
-    return Batcher(
-        flush_count=config.batch_flush_count,
-        flush_bytes=config.batch_flush_bytes,
-        flush_after_ms=config.batch_flush_ms,
-        clock=clock,
-    )
-
-
-def _lane(
-    tier: Tier,
-    batcher: Batcher,
-    retries: Retries,
-    carrier: Carrier,
-    keeps: Callable[[Op], bool],
-    *,
-    erases_blindly: bool,
-) -> Lane:
-    return Lane(tier, batcher, carrier, keeps, erases_blindly=erases_blindly, retry=RetryPolicy(), retries=retries)
-
-
-def _keeps_sql(op: Op) -> bool:
-    return op.sql
-
-
-def _keeps_redis(op: Op) -> bool:
-    return op.redis
-
-
-def _keeps_all(op: Op) -> bool:
-    return True

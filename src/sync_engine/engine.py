@@ -93,7 +93,7 @@ class SyncEngine:
         The report says how many operations were left in the log, and how many that skip SQL (and are
         therefore in no log) were lost. Does nothing if not running.
         """
-        with nullcontext() if self._parts is None else self._parts.leaving():
+        with nullcontext() if self._parts is None else self._parts.links.leaving():
             async with self._turn:
                 self._running, self._why_not = None, "it has been stopped"
                 parts, self._parts = self._parts, None
@@ -326,7 +326,7 @@ class SyncEngine:
             config = self.config.changed(**changes)
             told = [f"{name} = {getattr(config, name)!r}, was {getattr(self.config, name)!r}" for name in changes]
             parts = self._parts
-            fresh = {} if parts is None else await parts.reconnect(config, changes.keys())
+            fresh = {} if parts is None else await parts.links.reconnect(config, changes.keys())
             # From here on nothing waits and nothing is refused.
             self.config = config
             self._admission.bound(config)

@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence, Set
-from contextlib import AsyncExitStack, contextmanager
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
+from contextlib import AsyncExitStack
 from typing import Any, TypeVar, cast
 
 from sync_engine.config import SyncEngineConfig
 from sync_engine.errors import NotRunning, TierNotConfigured, TierUnavailable
 from sync_engine.evict import Eviction
 from sync_engine.heal import Healing
-from sync_engine.late import Late
+from sync_engine.links import Fresh, Links
 from sync_engine.log import WriteAheadLog
 from sync_engine.ports import Cache, CacheFacts, States, Tier, Truth
 from sync_engine.pressure import Bands, Level
 from sync_engine.read import Reader
 from sync_engine.report import EngineStats, Health, LaneStats, StopReport, TierHealth
-from sync_engine.resilience import Breaker, Guarded, Retries
 from sync_engine.storage.memory import L1Cache
 from sync_engine.trust import Trust
 from sync_engine.write.again import Refusals
@@ -29,7 +26,7 @@ from sync_engine.write.path import WritePath
 from sync_engine.write.pending import PendingIndex
 from sync_engine.write.quarantine import Quarantine
 
-__all__ = ["STREAM_MAY_GO", "Link", "Parts"]
+__all__ = ["STREAM_MAY_GO", "Parts"]
 
 log = logging.getLogger(__name__)
 
@@ -57,25 +54,6 @@ PRESSED: Mapping[Level, str] = {
 }
 
 
-LEAVING = "the engine is being stopped"
-
-GIVE_UP_S = 1.0
-"""How long a stop waits for new connections that it has cut short: usually a moment, but a server may say nothing."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Link:
-    """A tier and how it is connected to: ``settings`` are those that take new connections."""
-
-    tier: Guarded
-    late: Late
-    retries: Retries
-    connect: Callable[[SyncEngineConfig], Awaitable[Tier]]
-    deadlines_s: Callable[[SyncEngineConfig], tuple[float | None, float]]
-    """Of a read, and of a write."""
-    settings: frozenset[str]
-
-
 class Parts:
     """The parts of one running engine."""
 
@@ -94,7 +72,7 @@ class Parts:
         trust: Trust,
         healing: Healing | None,
         eviction: Eviction | None,
-        links: Sequence[Link],
+        links: Links,
         told: bool,
         recovered: int,
         failed: Callable[[BaseException], None],
@@ -112,14 +90,11 @@ class Parts:
         self._trust = trust
         self._healing = healing
         self._eviction = eviction
-        self._links = links
+        self.links = links
         self._told = told
         self._recovered = recovered
         self._failed = failed
         self._opened = opened
-        self._attempt: asyncio.Future[dict[Link, Tier | None]] | None = None
-        self._given_up: set[asyncio.Task[None]] = set()
-        self._leaving = 0
         self._lanes = [lane for lane in (writes.truth, writes.cache) if lane is not None]
         self._supervisor = asyncio.get_running_loop().create_task(self._supervise(), name="sync-engine lanes")
 
@@ -175,53 +150,13 @@ class Parts:
             },
         )
 
-    async def reconnect(self, config: SyncEngineConfig, changed: Set[str]) -> dict[Link, Tier | None]:
-        """Connect anew where a setting that changed needs it, beside what is in use; for ``retune``.
-
-        None stands for a tier that is not connected yet. Raises what connecting raises, and ``NotRunning`` where the
-        engine is stopped meanwhile; then nothing has changed.
-        """
-        links = [link for link in self._links if link.settings & changed]
-        if not links:
-            return {}
-        if self._leaving:
-            raise NotRunning(LEAVING)
-        attempt = asyncio.get_running_loop().create_task(_connected(links, config), name="sync-engine reconnect")
-        self._attempt = asyncio.shield(attempt)
-        try:
-            return await self._attempt
-        except asyncio.CancelledError:
-            # Not awaited: what is to be closed may first have to hear from a server that says nothing.
-            given_up = asyncio.get_running_loop().create_task(_given_up(attempt), name="sync-engine reconnect's end")
-            self._given_up.add(given_up)
-            given_up.add_done_callback(self._given_up.discard)
-            caller = asyncio.current_task()
-            if caller is not None and caller.cancelling():
-                raise
-            raise NotRunning(LEAVING) from None
-        finally:
-            self._attempt = None
-
-    @contextmanager
-    def leaving(self) -> Iterator[None]:
-        """Meanwhile ``reconnect`` raises, and so does the one under way: who stops an engine waits for no server."""
-        self._leaving += 1
-        if self._attempt is not None:
-            self._attempt.cancel()
-        try:
-            yield
-        finally:
-            self._leaving -= 1
-
-    def retune(self, config: SyncEngineConfig, fresh: Mapping[Link, Tier | None]) -> None:
-        """Take up what may change at run time, and what ``reconnect`` made, in one step of the event loop."""
+    def retune(self, config: SyncEngineConfig, fresh: Fresh) -> None:
+        """Take up what may change at run time, and what ``Links.reconnect`` made, in one step of the event loop."""
+        self.links.retune(config, fresh)
         for link, tier in fresh.items():
-            link.late.replace(tier, partial(link.connect, config))
             if link.tier.name == "l2" and tier is not None and self._healing is not None:
                 # Whether it was restarted meanwhile only the connections before could have noticed.
                 self._trust.lose("it is connected to anew")
-        for link in self._links:
-            link.tier.bound(*link.deadlines_s(config))
         for lane in self._lanes:
             lane.batcher.bound(
                 flush_count=config.batch_flush_count,
@@ -262,10 +197,7 @@ class Parts:
             if facts is not None:
                 about = facts.about
                 full = max((memory.share for memory in facts.memory if memory.limit_bytes), default=None)
-        return TierHealth(silent is None, trouble, self._breaker(name).phase, len(lane.batcher), about, full)
-
-    def _breaker(self, name: str) -> Breaker:
-        return next(link.tier.breaker for link in self._links if link.tier.name == name)
+        return TierHealth(silent is None, trouble, self.links.breaker(name).phase, len(lane.batcher), about, full)
 
     def _warnings(self, facts: CacheFacts | None) -> Iterator[str]:
         if facts is not None:
@@ -306,8 +238,7 @@ class Parts:
         await asyncio.wait({self._supervisor})
         self.writes.abandon(NotRunning("the engine was stopped before the operation was in every tier"))
         await self.reader.aclose()
-        if self._given_up:
-            await asyncio.wait(self._given_up, timeout=GIVE_UP_S)
+        await self.links.aclose()
         await self._opened.aclose()
         # Counted last: the log writes what it was given before it closes.
         return StopReport(self.journal.unsettled if self.journal is not None else 0, self.writes.volatile)
@@ -330,30 +261,6 @@ class Parts:
 
     def __repr__(self) -> str:
         return " | ".join(map(repr, (self.l1, self.pending, *self._lanes)))
-
-
-async def _connected(links: Sequence[Link], config: SyncEngineConfig) -> dict[Link, Tier | None]:
-    fresh: dict[Link, Tier | None] = dict.fromkeys(links)
-    try:
-        while waiting := [link for link in fresh if fresh[link] is None and link.late.here]:
-            fresh[waiting[0]] = await waiting[0].late.another(partial(waiting[0].connect, config))
-    except BaseException:  # cancelled or failed alike: nobody else would close them
-        await _close(fresh)
-        raise
-    return fresh
-
-
-async def _given_up(attempt: asyncio.Task[dict[Link, Tier | None]]) -> None:
-    attempt.cancel()
-    await asyncio.wait({attempt})
-    if not attempt.cancelled() and attempt.exception() is None:
-        await _close(attempt.result())  # it had just been made
-
-
-async def _close(fresh: Mapping[Link, Tier | None]) -> None:
-    for tier in fresh.values():
-        if tier is not None:
-            await tier.close()
 
 
 async def _asked(question: Awaitable[R]) -> tuple[R | None, TierUnavailable | None]:
