@@ -118,6 +118,7 @@ async def test_the_index_of_dirty_rows_is_made_anew_once_whoever_starts(sql_url:
     store = await SqlStore.connect(sql_url)
     await store.register_schema("users", ["u"])
     await store.apply([put(id_, 5) for id_ in ("u1", "u2", "x1", "x2")])
+    await store.mark_clean(list((await store.get_many(["u1", "x1"])).values()))
     await store.close()
     for table, index in (("sync_items", "idx_merkle_dirty"), ("users_items", "idx_users_items_merkle_dirty")):
         await make_older(sql_url, index, table, left)
@@ -126,6 +127,7 @@ async def test_the_index_of_dirty_rows_is_made_anew_once_whoever_starts(sql_url:
     for index in ("idx_merkle_dirty", "idx_users_items_merkle_dirty"):
         assert await columns_of(sql_url, index) == ["merkle_dirty", "id"]
     assert await ask(sql_url, "SELECT value FROM sync_meta WHERE name = 'schema_version'") == [(SCHEMA_VERSION,)]
+    assert await stores[3].list_dirty_ids() == ["u2", "x2"]
     assert await stores[4].count() == 4
     for store in stores:
         await store.close()
@@ -170,6 +172,7 @@ async def test_an_engine_that_is_at_work_goes_on_while_another_one_migrates(sql_
                 await make_older(sql_url, index, f"{table}_items")
             new = await SqlStore.connect(sql_url, timeout_ms=60_000)
             assert new.tables_made
+            assert await new.count_dirty() == len(ids)
             await new.close()
         migrating = False
 

@@ -9,7 +9,7 @@ into a text. Times are epoch milliseconds.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from string import Template
 from typing import ClassVar, Final, NamedTuple, TypeVar
 
@@ -58,6 +58,11 @@ class Words(ABC):
     note: ClassVar[str] = titles.NOTE
     changed_rows: ClassVar[str] = titles.CHANGED_ROWS
     changed_deletes: ClassVar[str] = titles.CHANGED_DELETES
+    dirty_ranges: ClassVar[Mapping[tuple[bool, bool], str]] = titles.DIRTY_RANGES
+    dirty_hint: ClassVar[str] = ""
+    """Which index finds dirty rows, where the database has to be told."""
+    for_update: ClassVar[str] = " FOR UPDATE"
+    """Rows that are read stay as they are until the transaction ends, whoever writes."""
 
     def __init__(self, *tables: str) -> None:
         self.tables = tables
@@ -79,6 +84,17 @@ class Words(ABC):
         self._ids_in_range = {shape: self._page(titles.IDS_IN_RANGE, range=bounds) for shape, bounds in RANGES.items()}
         self._weighed = {shape: self._page(titles.WEIGHED, range=bounds) for shape, bounds in RANGES.items()}
         self._count_range = {shape: self._sum(titles.COUNT_RANGE, range=bounds) for shape, bounds in RANGES.items()}
+        self._dirty, self._ids_dirty, self._count_dirty = (
+            {
+                shape: build(title.replace("$hint", self.dirty_hint), range=bounds)
+                for shape, bounds in self.dirty_ranges.items()
+            }
+            for build, title in (
+                (self._page, titles.DIRTY),
+                (self._page, titles.IDS_DIRTY),
+                (self._sum, titles.COUNT_DIRTY),
+            )
+        )
         told = [*self._each(self.changed_rows), self.changed_deletes]
         self._changed = self._marked(" UNION ALL ".join(told) + titles.CHANGED_ORDER)
         self.count = Said(self._sum(titles.COUNT))
@@ -97,6 +113,12 @@ class Words(ABC):
 
     def held(self, ids: Sequence[str]) -> Said:
         return self._among(titles.HELD, ids)
+
+    def flags(self, ids: Sequence[str]) -> Said:
+        return self._among(titles.FLAGS + self.for_update, ids)
+
+    def clean(self, ids: Sequence[str]) -> Said:
+        return self._among(titles.CLEAN, ids)
 
     def stamps(self, ids: Sequence[str]) -> Said:
         return self._among(titles.STAMPS, ids)
@@ -187,6 +209,15 @@ class Words(ABC):
     def count_range(self, shape: tuple[bool, bool], bounds: Sequence[str]) -> Said:
         return Said(self._count_range[shape], tuple(bounds) * self._many)
 
+    def dirty(self, shape: tuple[bool, bool], bounds: Sequence[str], limit: int) -> Said:
+        return self._paged(self._dirty[shape], bounds, limit)
+
+    def ids_dirty(self, shape: tuple[bool, bool], bounds: Sequence[str], limit: int) -> Said:
+        return self._paged(self._ids_dirty[shape], bounds, limit)
+
+    def count_dirty(self, shape: tuple[bool, bool], bounds: Sequence[str]) -> Said:
+        return Said(self._count_dirty[shape], tuple(bounds) * self._many)
+
     def weighed(self, shape: tuple[bool, bool], bounds: Sequence[str], limit: int) -> Said:
         return self._paged(self._weighed[shape], bounds, limit)
 
@@ -214,7 +245,13 @@ class Words(ABC):
     def _each(self, title: str, **parts: str) -> list[str]:
         """The text about each table."""
         return [
-            Template(title).substitute(items=table, index=index_name(table, "stamp"), columns=self.columns, **parts)
+            Template(title).substitute(
+                items=table,
+                index=index_name(table, "stamp"),
+                dirty_index=index_name(table, "merkle_dirty"),
+                columns=self.columns,
+                **parts,
+            )
             for table in self.tables
         ]
 
