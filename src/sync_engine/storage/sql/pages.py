@@ -10,7 +10,7 @@ from sync_engine.errors import Corruption, InvalidItem
 from sync_engine.item import SyncItem
 from sync_engine.storage.sql.rows import NoItem, Row, item_of, successor
 
-__all__ = ["PAGE_ROWS", "check_limit", "check_text", "paged", "range_of", "sound"]
+__all__ = ["PAGE_ROWS", "Page", "check_limit", "check_text", "judged", "paged", "range_of", "sound"]
 
 PAGE_ROWS: Final = 500
 """Most rows read at a time."""
@@ -18,21 +18,31 @@ PAGE_ROWS: Final = 500
 _log = logging.getLogger(__name__)
 
 
-async def paged(
-    page: Callable[[str, int], Awaitable[list[Row]]], after: str, limit: int | None
-) -> AsyncIterator[SyncItem]:
-    """The first ``limit`` items behind ``after`` (None: all), by ``page(after, rows)``. Raises ``Corruption``."""
+Page = Callable[[str, int], Awaitable[list[Row]]]
+"""``page(after, rows)``: so many rows, ascending by id, those behind ``after``."""
+
+
+async def paged(page: Page, after: str, limit: int | None) -> AsyncIterator[SyncItem]:
+    """The first ``limit`` items behind ``after`` (None: all). Raises ``Corruption``."""
+    async for found in judged(page, after, limit, items_only=True):
+        yield sound(found)
+
+
+async def judged(
+    page: Page, after: str, limit: int | None, *, items_only: bool = False
+) -> AsyncIterator[SyncItem | Corruption]:
+    """What each of the first ``limit`` rows behind ``after`` is (None: all), a page of them in memory at a time."""
     left = limit
     while left is None or left > 0:
         size = PAGE_ROWS if left is None else min(left, PAGE_ROWS)
         rows = await page(after, size)
         for row in rows:
-            item = item_of(row)
-            if isinstance(item, NoItem):
+            found = item_of(row)
+            if items_only and isinstance(found, NoItem):
                 # Another writer's row with an id or a state that no item of ours may have: told, not served.
-                _log.warning("skipped a row that is no item: %s", item)
+                _log.warning("skipped a row that is no item: %s", found)
                 continue
-            yield sound(item)
+            yield found
             if left is not None:
                 left -= 1
         if len(rows) < size:

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Sequence
 
-from sync_engine.errors import TierUnavailable
+from sync_engine.errors import Corruption, TierUnavailable
 from sync_engine.item import SyncItem, check_id, check_state
 from sync_engine.storage.sql.lanes import Lane
-from sync_engine.storage.sql.pages import check_text, paged, range_of
+from sync_engine.storage.sql.pages import Page, check_text, judged, paged, range_of
 from sync_engine.storage.sql.routing import Router, Routes
 from sync_engine.storage.sql.rows import Row
 from sync_engine.storage.sql.words import ROUTES_VERSION, Said, Words
@@ -70,13 +70,15 @@ class Questions:
 
     def in_range(self, prefix: str, after: str | None, limit: int | None) -> AsyncIterator[SyncItem]:
         """Items of a prefix behind ``after``, page by page."""
-        check_text("prefix", prefix)
+        return paged(self._under(prefix, Words.range), check_text("after", after or ""), limit)
 
-        async def page(after: str, size: int) -> list[Row]:
-            shape, bounds = range_of(prefix, after)
-            return await self.told(lambda routes: self._router.under(routes, prefix).range(shape, bounds, size))
+    def each_in_range(self, prefix: str) -> AsyncIterator[SyncItem | Corruption]:
+        """What every row of a prefix is, page by page."""
+        return judged(self._under(prefix, Words.range), "", None)
 
-        return paged(page, check_text("after", after or ""), limit)
+    def dirty(self, prefix: str, after: str | None, limit: int | None) -> AsyncIterator[SyncItem | Corruption]:
+        """What each dirty row of a prefix behind ``after`` is, page by page."""
+        return judged(self._under(prefix, Words.dirty), check_text("after", after or ""), limit)
 
     def in_state(self, state: str, after: str | None, limit: int | None) -> AsyncIterator[SyncItem]:
         """Items in a state behind ``after``, page by page."""
@@ -86,6 +88,15 @@ class Questions:
             return await self.told(lambda routes: self._router.every(routes).in_state(state, after, size))
 
         return paged(page, check_text("after", after or ""), limit)
+
+    def _under(self, prefix: str, verb: Callable[[Words, tuple[bool, bool], Sequence[str], int], Said]) -> Page:
+        check_text("prefix", prefix)
+
+        async def page(after: str, size: int) -> list[Row]:
+            shape, bounds = range_of(prefix, after)
+            return await self.told(lambda routes: verb(self._router.under(routes, prefix), shape, bounds, size))
+
+        return page
 
     async def _hold(self, routes: Routes) -> bool:
         """Whether the routes are those of this moment, and so were those of every question before; else learn them."""

@@ -79,7 +79,7 @@ class Routes:
         return tuple(other for other in self.tables if other != table)
 
     def places_under(self, prefix: str) -> tuple[str, ...]:
-        """The tables that ids of this prefix may be in."""
+        """The tables that ids of this prefix may be in, in the order of ``tables``: so does a migration take them."""
         if not self.by_prefix:
             return (DEFAULT,)
         routes = [route for route in self.by_prefix.values() if route.prefix.startswith(prefix)]
@@ -87,7 +87,8 @@ class Routes:
             routes.append(above)
         if any(route.moving for route in routes):
             return self.tables
-        return tuple(sorted({self.home_of(prefix), *(route.table for route in routes)}))
+        wanted = {self.home_of(prefix), *(route.table for route in routes)}
+        return tuple(table for table in self.tables if table in wanted)
 
     def by_places(self, ids: Sequence[str]) -> dict[tuple[str, ...], Sequence[str]]:
         """The ids by the tables that they may be in."""

@@ -64,6 +64,7 @@ class SqliteWords(Words):
     counts_writes = True
     most = "max"
     least = "min"
+    for_update = ""  # who writes is alone
 
     def upsert(self, rows: Sequence[Sequence[Value]]) -> Said:
         return Said(self._of_rows(UPSERT, ROW, len(rows)), flat(rows))

@@ -9,7 +9,7 @@ from typing import Any, Final, TypeVar
 from uuid import uuid4
 
 from sync_engine.clock import SystemClock
-from sync_engine.errors import ConfigError, TierUnavailable
+from sync_engine.errors import ConfigError, Corruption, TierUnavailable
 from sync_engine.item import Op, SyncItem, check_id, check_state
 from sync_engine.ports import Applied, BatchWriteResult, Changes, Clock, Fetched, together
 from sync_engine.schema import check_schema
@@ -17,6 +17,7 @@ from sync_engine.storage.sql import history
 from sync_engine.storage.sql.apply import apply_ops, shared_out
 from sync_engine.storage.sql.connect import database_of
 from sync_engine.storage.sql.dialect import Database, Session
+from sync_engine.storage.sql.dirty import call_clean, count_dirty, dirty_ids, dirty_prefixes
 from sync_engine.storage.sql.lanes import Lane
 from sync_engine.storage.sql.migrate import prepare
 from sync_engine.storage.sql.pages import PAGE_ROWS, check_limit, check_text, range_of, sound
@@ -24,6 +25,7 @@ from sync_engine.storage.sql.questions import Questions
 from sync_engine.storage.sql.routing import Router
 from sync_engine.storage.sql.rows import item_of
 from sync_engine.storage.sql.schemas import Schemas
+from sync_engine.storage.sql.verify import Verification, verify
 from sync_engine.storage.sql.words import Words
 
 __all__ = ["SqlStore"]
@@ -287,6 +289,69 @@ class SqlStore:
         """All items in the state, page by page; writes in between may or may not be seen."""
         async for item in self._questions.in_state(state, None, None):
             yield item
+
+    # What has changed since somebody processed it, and whether all is as it should be.
+
+    async def list_dirty_ids(self, limit: int = 1000, *, prefix: str = "", after: str | None = None) -> list[str]:
+        """Ids of dirty rows that start with the prefix, ascending by code point, those greater than ``after``.
+
+        A row is dirty from any write that changed its content or version until ``mark_clean``.
+        """
+        check_text("prefix", prefix)
+        after = check_text("after", after or "")
+        return await dirty_ids(self._questions, self._router, check_limit(limit), prefix, after)
+
+    async def get_dirty(
+        self, limit: int = 1000, *, prefix: str = "", after: str | None = None
+    ) -> list[SyncItem | Corruption]:
+        """The dirty rows behind ``list_dirty_ids``: each an item or, where it can be none, its ``Corruption``.
+
+        Not raised, so that it hides none of its neighbours: both have an ``object_id`` to go on behind (Q3).
+        """
+        return [found async for found in self._questions.dirty(prefix, after, check_limit(limit))]
+
+    async def iter_dirty(self, prefix: str = "") -> AsyncIterator[SyncItem | Corruption]:
+        """All of ``get_dirty``, page by page; writes in between may or may not be seen."""
+        async for found in self._questions.dirty(prefix, None, None):
+            yield found
+
+    async def count_dirty(self, prefix: str = "") -> int:
+        """How many dirty rows start with the prefix, damaged ones included."""
+        return await count_dirty(self._questions, self._router, check_text("prefix", prefix))
+
+    async def list_dirty_prefixes(self, limit: int = 1000, *, after: str | None = None) -> list[str]:
+        """What dirty ids have before their first dot, or are where they have none: each once, ascending, > ``after``.
+
+        Costs a short statement per prefix, or per hundred of them, however many rows there are.
+        """
+        after = None if after is None else check_text("after", after)
+        return await dirty_prefixes(self._questions, self._router, check_limit(limit), after)
+
+    async def mark_clean(self, items: Iterable[SyncItem]) -> int:
+        """Call rows clean that are still what was processed: by SHA-256, version and stamp. How many were dirty.
+
+        What has been written since stays dirty, a change of state included (Q4). In one transaction, as ``apply``; a
+        row without a hash (the original writes such) is read, and compared by its content.
+        """
+        if not (processed := list(items)):
+            return 0
+        return await self._owned(
+            lambda: self._writers[0].transaction(lambda own: call_clean(own, self._router, processed))
+        )
+
+    async def verify_batch(self, items: Iterable[SyncItem]) -> Verification:
+        """Whether the rows hold these items: hash, version and state, as recorded beside the contents, which are not
+        read; but those of rows that have no hash are. Of several items with one id the last counts."""
+        return await verify(self._questions, self.buried_stamps, items)
+
+    async def iter_corrupt(self, prefix: str = "") -> AsyncIterator[Corruption]:
+        """Every damaged row, and every one that can be no item. Reads all contents, a page of rows at a time.
+
+        A row without a hash cannot be checked and counts as sound.
+        """
+        async for found in self._questions.each_in_range(prefix):
+            if isinstance(found, Corruption):
+                yield found
 
     def __repr__(self) -> str:
         condition = "open" if self._closing is None else "closed"

@@ -12,15 +12,21 @@ __all__ = [
     "CHANGED_DELETES",
     "CHANGED_ORDER",
     "CHANGED_ROWS",
+    "CLEAN",
     "COUNT",
+    "COUNT_DIRTY",
     "COUNT_RANGE",
     "COUNT_STATE",
     "DELETE",
+    "DIRTY",
+    "DIRTY_RANGES",
     "EXHUME",
     "EXISTING",
     "FETCH",
+    "FLAGS",
     "FORGET_LATE",
     "HELD",
+    "IDS_DIRTY",
     "IDS_IN_RANGE",
     "IDS_IN_STATE",
     "IN_STATE",
@@ -48,6 +54,13 @@ EXISTING: Final = "SELECT id FROM $items WHERE id $among"
 
 HELD: Final = "SELECT id, coalesce(stamp, 0), version, coalesce(payload_hash, ''), state FROM $items WHERE id $among"
 """What decides about an operation on these ids."""
+
+FLAGS: Final = """\
+SELECT id, coalesce(stamp, 0), version, coalesce(payload_hash, ''), merkle_dirty FROM $items WHERE id $among"""
+"""What decides about calling these rows clean; with ``for_update`` they stay so until the transaction ends."""
+
+CLEAN: Final = "UPDATE $items SET merkle_dirty = 0 WHERE id $among"
+"""Call rows clean, after FLAGS was read in the same transaction."""
 
 STAMPS: Final = "SELECT id, coalesce(stamp, 0) FROM $items WHERE id $among"
 """Stamps of these ids."""
@@ -158,3 +171,21 @@ IDS_IN_RANGE: Final = "SELECT id FROM $items WHERE $range ORDER BY id LIMIT ?"
 
 COUNT_RANGE: Final = "SELECT count(*) FROM $items WHERE $range"
 """How many rows are in a range of ids."""
+
+# The flag is part of the bounds, rather than a condition beside them: a planner that believes most rows to be dirty, as
+# they are until somebody calls them clean, would read along the primary key, past all that have become clean since.
+DIRTY_RANGES: Final = {
+    (False, True): "(merkle_dirty, id) >= (1, ?) AND (merkle_dirty, id) < (1, ?)",
+    (True, True): "(merkle_dirty, id) > (1, ?) AND (merkle_dirty, id) < (1, ?)",
+    (False, False): "(merkle_dirty, id) >= (1, ?) AND merkle_dirty < 2",
+    (True, False): "(merkle_dirty, id) > (1, ?) AND merkle_dirty < 2",
+}
+
+DIRTY: Final = "SELECT $columns FROM $items$hint WHERE $range ORDER BY merkle_dirty, id LIMIT ?"
+"""A page of the dirty rows in a range of ids."""
+
+IDS_DIRTY: Final = "SELECT id FROM $items$hint WHERE $range ORDER BY merkle_dirty, id LIMIT ?"
+"""A page of their ids."""
+
+COUNT_DIRTY: Final = "SELECT count(*) FROM $items$hint WHERE $range"
+"""How many there are."""

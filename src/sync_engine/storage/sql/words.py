@@ -11,7 +11,7 @@ into a text. Times are epoch milliseconds.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from string import Template
 from typing import ClassVar, Final, NamedTuple, TypeVar
 
@@ -57,6 +57,11 @@ class Words(ABC):
     note: ClassVar[str] = titles.NOTE
     changed_rows: ClassVar[str] = titles.CHANGED_ROWS
     changed_deletes: ClassVar[str] = titles.CHANGED_DELETES
+    dirty_ranges: ClassVar[Mapping[tuple[bool, bool], str]] = titles.DIRTY_RANGES
+    dirty_hint: ClassVar[str] = ""
+    """Which index finds dirty rows, where the database has to be told."""
+    for_update: ClassVar[str] = " FOR UPDATE"
+    """Rows that are read stay as they are until the transaction ends, whoever writes."""
     before_writing: ClassVar[Said] = Said(titles.BEFORE_WRITING)
     routes: ClassVar[Said] = Said(titles.ROUTES)
     arrived: ClassVar[Said] = Said(titles.ARRIVED)
@@ -77,6 +82,12 @@ class Words(ABC):
 
     def held(self, ids: Sequence[str]) -> Said:
         return self._among(titles.HELD, ids)
+
+    def flags(self, ids: Sequence[str]) -> Said:
+        return self._among(titles.FLAGS + self.for_update, ids)
+
+    def clean(self, ids: Sequence[str]) -> Said:
+        return self._among(titles.CLEAN, ids)
 
     def stamps(self, ids: Sequence[str]) -> Said:
         return self._among(titles.STAMPS, ids)
@@ -176,6 +187,16 @@ class Words(ABC):
     def count_range(self, shape: tuple[bool, bool], bounds: Sequence[str]) -> Said:
         return Said(self._ranged(titles.COUNT_RANGE, self._sum, shape), tuple(bounds) * self._many)
 
+    def dirty(self, shape: tuple[bool, bool], bounds: Sequence[str], limit: int) -> Said:
+        return self._paged(self._ranged(titles.DIRTY, self._page, shape, self.dirty_ranges), bounds, limit)
+
+    def ids_dirty(self, shape: tuple[bool, bool], bounds: Sequence[str], limit: int) -> Said:
+        return self._paged(self._ranged(titles.IDS_DIRTY, self._page, shape, self.dirty_ranges), bounds, limit)
+
+    def count_dirty(self, shape: tuple[bool, bool], bounds: Sequence[str]) -> Said:
+        text = self._ranged(titles.COUNT_DIRTY, self._sum, shape, self.dirty_ranges)
+        return Said(text, tuple(bounds) * self._many)
+
     def weighed(self, shape: tuple[bool, bool], bounds: Sequence[str], limit: int) -> Said:
         return self._paged(self._ranged(titles.WEIGHED, self._page, shape), bounds, limit)
 
@@ -212,7 +233,13 @@ class Words(ABC):
     def _each(self, title: str, **parts: str) -> list[str]:
         """The text about each table."""
         return [
-            Template(title).substitute(items=table, index=index_name(table, "stamp"), columns=self.columns, **parts)
+            Template(title).substitute(
+                items=table,
+                index=index_name(table, "stamp"),
+                hint=self.dirty_hint.replace("$index", index_name(table, "merkle_dirty")),
+                columns=self.columns,
+                **parts,
+            )
             for table in self.tables
         ]
 
@@ -232,8 +259,14 @@ class Words(ABC):
         each = self._each(title, **parts)
         return self._marked(each[0] if len(each) == 1 else f"SELECT {' + '.join(f'({text})' for text in each)}")
 
-    def _ranged(self, title: str, build: Callable[..., str], shape: tuple[bool, bool]) -> str:
-        return self._once(title, lambda title: build(title, range=titles.RANGES[shape]), shape)
+    def _ranged(
+        self,
+        title: str,
+        build: Callable[..., str],
+        shape: tuple[bool, bool],
+        ranges: Mapping[tuple[bool, bool], str] = titles.RANGES,
+    ) -> str:
+        return self._once(title, lambda title: build(title, range=ranges[shape]), shape)
 
     def _changed(self, title: str) -> str:
         return self._marked(" UNION ALL ".join([*self._each(title), self.changed_deletes]) + titles.CHANGED_ORDER)

@@ -1,0 +1,124 @@
+"""Dirty rows: those whose content or version has changed since somebody who processed them called them clean.
+
+Every write raises the flag itself, in its own statement, where it changes one of the two (Q1, M10). Here it is asked
+for, in order of ids and across all tables, and taken back, from rows alone that are still what was processed (Q4).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Final
+
+from sync_engine.item import SyncItem
+from sync_engine.storage.sql.buckets import buckets_of
+from sync_engine.storage.sql.dialect import Session
+from sync_engine.storage.sql.moving import bring, learn_if_new
+from sync_engine.storage.sql.pages import range_of
+from sync_engine.storage.sql.questions import Questions
+from sync_engine.storage.sql.routing import Router
+from sync_engine.storage.sql.rows import item_of
+from sync_engine.storage.sql.words import Words
+
+__all__ = ["call_clean", "count_dirty", "dirty_ids", "dirty_prefixes"]
+
+SEEN_IDS: Final = 100
+"""Ids read at a time in search of the next prefix: a few prefixes of many ids and many of one each cost alike."""
+
+_Facts = tuple[int, int, str]
+"""Stamp, version, SHA-256."""
+
+
+async def dirty_ids(questions: Questions, router: Router, limit: int, prefix: str, after: str) -> list[str]:
+    """``SqlStore.list_dirty_ids``, for checked arguments."""
+    shape, bounds = range_of(prefix, after)
+    rows = await questions.told(lambda routes: router.under(routes, prefix).ids_dirty(shape, bounds, limit))
+    return [id_ for (id_,) in rows]
+
+
+async def count_dirty(questions: Questions, router: Router, prefix: str) -> int:
+    """``SqlStore.count_dirty``, for checked arguments."""
+    shape, bounds = range_of(prefix, "")
+    return await questions.number(lambda routes: router.under(routes, prefix).count_dirty(shape, bounds))
+
+
+async def dirty_prefixes(questions: Questions, router: Router, limit: int, after: str | None) -> list[str]:
+    """``SqlStore.list_dirty_prefixes``, for checked arguments.
+
+    Reads some ids, jumps behind all others of the last one's prefix, and so on: a statement and at most ``SEEN_IDS``
+    ids per prefix, however many rows it has. In order of ids a prefix may come behind others that it is the beginning
+    of: "a-1.x" is before "a.x", as the dash is before the dot, though "a" is before "a-1". So where ids are left in the
+    end, each beginning of the last one that may still be a prefix is looked up: a statement for every such character.
+    """
+
+    async def ids(shape: tuple[bool, bool], bounds: Sequence[str], most: int) -> list[str]:
+        rows = await questions.told(lambda routes: router.every(routes).ids_dirty(shape, bounds, most))
+        return [id_ for (id_,) in rows]
+
+    def wanted(prefix: str) -> bool:
+        return prefix not in found and (after is None or prefix > after)
+
+    if not limit:
+        return []
+    found: set[str] = set()
+    low, exclusive = after or "", after is not None
+    while True:
+        seen = await ids((exclusive, False), (low,), SEEN_IDS)
+        found.update(filter(wanted, map(_first, seen)))
+        if len(seen) < SEEN_IDS:
+            return sorted(found)[:limit]
+        last = _first(seen[-1])
+        if len(found) >= limit:
+            break
+        # The slash is the character behind the dot.
+        low, exclusive = (last, True) if last == seen[-1] else (last + "/", False)
+    for end in (at for at, char in enumerate(last) if char < "."):
+        before = last[:end]
+        if wanted(before) and await ids((False, True), (before + ".", before + "/"), 1):
+            found.add(before)
+    return sorted(found)[:limit]
+
+
+async def call_clean(session: Session, router: Router, processed: Iterable[SyncItem]) -> int:
+    """``SqlStore.mark_clean``, in a transaction. A row is compared and then stays as it is until the end of it."""
+    facts: dict[str, set[_Facts]] = {}
+    for item in processed:
+        facts.setdefault(item.object_id, set()).add(_facts_of(item))
+    ids = sorted(facts)
+    await session.lock(buckets_of(ids))
+    ((_, version),) = await session.rows(router.words().before_writing)
+    routes = await learn_if_new(session, router, int(version))
+    if routes.moving:
+        await bring(session, router, routes, ids)
+    by_home: dict[str, list[str]] = {}
+    for id_ in ids:
+        by_home.setdefault(routes.home_of(id_), []).append(id_)
+    cleaned = 0
+    for home in sorted(by_home):
+        words, some = router.words(home), by_home[home]
+        for start in range(0, len(some), words.ids_max):
+            cleaned += await _clean(session, words, some[start : start + words.ids_max], facts)
+    return cleaned
+
+
+async def _clean(session: Session, words: Words, ids: Sequence[str], facts: dict[str, set[_Facts]]) -> int:
+    dirty: dict[str, _Facts] = {}
+    for id_, stamp, version, payload_hash, flag in await session.rows(words.flags(ids)):
+        if flag:
+            dirty[id_] = (int(stamp), int(version), payload_hash)
+    if hashless := [id_ for id_, (_, _, payload_hash) in dirty.items() if not payload_hash]:
+        # The original leaves the hash out. Then only the content itself tells whether it is the one processed.
+        for row in await session.rows(words.fetch(hashless)):
+            if isinstance(item := item_of(row), SyncItem):
+                dirty[item.object_id] = _facts_of(item)
+    done = [id_ for id_, its in dirty.items() if its in facts[id_]]
+    if done:
+        await session.run(words.clean(done))
+    return len(done)  # not what the driver says: MySQL's counts mean something else
+
+
+def _facts_of(item: SyncItem) -> _Facts:
+    return item.stamp, item.version, item.content_hash
+
+
+def _first(object_id: str) -> str:
+    return object_id.partition(".")[0]
