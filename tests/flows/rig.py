@@ -8,17 +8,21 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Collection, Coroutine, Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
-from sync_engine import NotRunning, SubmitOptions, SyncEngine, SyncEngineConfig, SyncItem
+import pytest
+
+from sync_engine import NotRunning, SubmitOptions, SyncEngine, SyncEngineConfig, SyncItem, build
 from sync_engine.clock import SystemClock
 from sync_engine.forward import Forwarding
 from sync_engine.ports import Tier
+from sync_engine.resilience import Retries, RetryBudget
 from sync_engine.storage.redis import RedisStore
 from sync_engine.storage.sql import SqlStore
 
-__all__ = ["CACHE", "DURABLE", "Around", "Held", "Hurried", "Rig", "on", "others", "soon", "until"]
+__all__ = ["CACHE", "DURABLE", "Around", "Held", "Hurried", "Rig", "hurry_retries", "on", "others", "soon", "until"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -35,6 +39,11 @@ class Hurried(SystemClock):
 
     async def sleep(self, seconds: float, /) -> None:
         await asyncio.sleep(seconds if seconds >= DEADLINE_S_MIN else min(seconds, SLEEP_S_MAX))
+
+
+def hurry_retries(patch: pytest.MonkeyPatch) -> None:
+    """Give retries a budget that cannot be used up: it counts real time, in which hurried ones come at once."""
+    patch.setattr(build, "Retries", partial(Retries, budget=RetryBudget(per_s=1e6, burst=10**6)))
 
 
 class Held(Forwarding):
