@@ -11,6 +11,7 @@ import logging
 import os
 import re
 import shutil
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 from zlib import crc32
@@ -51,6 +52,19 @@ class _Note:
     newest: int = 0
 
 
+_locked: weakref.WeakSet[Folder] = weakref.WeakSet()
+
+
+def _let_go() -> None:
+    # A lock belongs to all who inherited its file. The parent keeps it, and the child must not keep it any longer.
+    for folder in _locked:
+        folder.disown()
+    _locked.clear()
+
+
+os.register_at_fork(after_in_child=_let_go)
+
+
 class Folder:
     """An owned log folder. One ``Folder`` per path at a time, across processes."""
 
@@ -73,6 +87,7 @@ class Folder:
             self._folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             self._lock = os.open(path / "lock", _FLAGS | os.O_CREAT, 0o600)
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _locked.add(self)
             self._found = os.pread(self._lock, 256, 0)
         except BlockingIOError:
             owner = _parse_note(os.pread(self._lock, 256, 0)) or _Note()
@@ -133,6 +148,12 @@ class Folder:
         """Delete a settled segment, and make sure it stays deleted before a younger one is. Raises ``OSError``."""
         path.unlink(missing_ok=True)
         os.fsync(self._folder)
+
+    def disown(self) -> None:
+        """In a forked child: forget the lock, which stays with the parent."""
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
 
     def close(self) -> None:
         """Give the lock back."""

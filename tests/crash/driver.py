@@ -328,6 +328,10 @@ def _fork(task: dict[str, Any], writer: AckWriter) -> None:
     """A forked child of a running engine's process: it may not open the log, and outlives its parent."""
     if os.fork():
         return
+    if task["fork"] == "idle":  # does nothing, until somebody kills it
+        writer.write({"e": "forked", "pid": os.getpid()})
+        time.sleep(60)
+        os._exit(0)
     try:
         time.sleep(0.05)  # gives the parent a moment to be mid-work; no loop runs in this child
         asyncio.run(SyncEngine(SyncEngineConfig(**task["config"])).start())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import signal
 import time
@@ -121,13 +122,31 @@ async def test_an_engine_that_cannot_flush_in_time_says_what_is_left_and_survive
     rig.figures.tell("26 SIGTERM while Redis stands still, then kill -9")
 
 
+async def test_a_forked_child_that_outlives_its_engine_does_not_keep_the_log(make_rig: MakeRig) -> None:
+    """A lock belongs to all who inherited its file: until the child ended, no engine could start on the folder."""
+    rig = make_rig()
+    rig.start(fork="idle")
+    (forked,) = await rig.heard("forked")
+    try:
+        with pytest.raises(ConfigError, match="in use by another process"):  # the child has not let go of it for all
+            await SyncEngine(rig.config()).start()
+        rig.drivers.kill()
+        rig.drivers.ended()
+        async with SyncEngine(rig.config()):
+            pass
+    finally:
+        os.kill(forked["pid"], signal.SIGKILL)
+    await rig.check()
+    rig.figures.faults = 1
+    rig.figures.tell("27 a forked child outlives its engine")
+
+
 async def test_a_second_engine_on_the_same_folder_is_refused_whichever_process_it_is_in(make_rig: MakeRig) -> None:
     rig = make_rig()
     pid = rig.start(fork=True)
-    await rig.heard("ack")
+    (forked,) = await rig.heard("forked")  # not an acknowledgement first: both may come at once
     with pytest.raises(ConfigError, match=rf"in use by another process \(pid {pid}\)"):
         await SyncEngine(rig.config()).start()
-    (forked,) = await rig.heard("forked")
     assert f"in use by another process (pid {pid})" in forked["why"]
     rig.drivers.kill()
     rig.drivers.ended()
