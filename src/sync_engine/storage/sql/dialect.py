@@ -9,7 +9,7 @@ and ``StoreError`` for anything else.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import NamedTuple, Protocol, TypeVar
 
 from sqlalchemy import Table
@@ -19,7 +19,7 @@ from sync_engine.errors import StoreError, TierUnavailable
 from sync_engine.storage.sql.rows import Row
 from sync_engine.storage.sql.words import Said, Words
 
-__all__ = ["BUCKETS", "Database", "Held", "Outrun", "RowRefused", "Session", "beside", "by_index", "nothing"]
+__all__ = ["BUCKETS", "Database", "Held", "Outrun", "RowRefused", "Session", "beside", "nothing"]
 
 T = TypeVar("T")
 
@@ -58,14 +58,6 @@ class Held(NamedTuple):
     name: str
     in_key: bool
     collation: str | None
-
-
-def by_index(rows: Iterable[Row]) -> dict[str, tuple[str | None, ...]]:
-    """Rows of an index's name and a column, in the order of the columns, by the index."""
-    found: dict[str, tuple[str | None, ...]] = {}
-    for name, column in rows:
-        found[name] = (*found.get(name, ()), column)
-    return found
 
 
 class Session(Protocol):
@@ -163,10 +155,6 @@ class Database(Protocol):
 
     async def columns(self, session: Session, table: str) -> list[Held]:
         """The columns of a table; none where there is no such table."""
-        ...
-
-    async def indexes(self, session: Session, table: str) -> dict[str, tuple[str | None, ...]]:
-        """The columns of each index of a table by its name; None stands for what is no column."""
         ...
 
     def options(self, table: Table) -> str:

@@ -7,11 +7,10 @@ step can be taken twice, because MySQL keeps what a migration had done before it
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from typing import Final
 
-from sqlalchemy import Column, Index, Table
-from sqlalchemy.schema import CreateColumn, CreateIndex, CreateTable, DropIndex
+from sqlalchemy import Column, Table
+from sqlalchemy.schema import CreateColumn, CreateIndex, CreateTable
 
 from sync_engine.errors import InvalidItem, StoreError
 from sync_engine.item import SyncItem
@@ -82,10 +81,10 @@ async def _is_current(database: Database, session: Session, words: Words) -> boo
             raise StoreError("l3", f"the tables are of version {version}; this library knows up to {SCHEMA_VERSION}")
     wanted = {table.name for table in database.owned_tables}
     wanted |= {str(index.name) for table in database.owned_tables for index in table.indexes}
-    if version != SCHEMA_VERSION or not wanted <= names:
+    if version != SCHEMA_VERSION or not wanted <= names or await _missing(database, session, items):
         return False
-    tables = [items, *await _routed(session, words)]
-    return all([await _stands(database, session, table, names) for table in tables])
+    routed = await _routed(session, words)
+    return all([await _stands(database, session, table, names) for table in routed])
 
 
 async def _make(database: Database, session: Session, words: Words, now_ms: int) -> None:
@@ -118,10 +117,7 @@ async def _routed(session: Session, words: Words) -> list[Table]:
 
 async def _stands(database: Database, session: Session, table: Table, names: set[str]) -> bool:
     wanted = {table.name, *(str(index.name) for index in table.indexes)}
-    if not wanted <= names or await _missing(database, session, table):
-        return False
-    held = await database.indexes(session, table.name)
-    return not any(_is_other(index, held) for index in table.indexes)
+    return wanted <= names and not await _missing(database, session, table)
 
 
 async def _make_table(database: Database, session: Session, table: Table, names: set[str]) -> None:
@@ -133,21 +129,12 @@ async def _make_table(database: Database, session: Session, table: Table, names:
     if not await database.columns(session, table.name):
         raise StoreError("l3", f"{table.name} exists and is no table")
     await database.adapt(session, table)
-    held = await database.indexes(session, table.name)
     for index in sorted(table.indexes, key=lambda index: str(index.name)):
-        if other := _is_other(index, held):
-            await session.run(Said(_text(database, DropIndex(index))))
-        if other or index.name not in names:
+        if index.name not in names:
             await session.run(Said(_text(database, CreateIndex(index))))
 
 
-def _is_other(index: Index, held: Mapping[str, tuple[str | None, ...]]) -> bool:
-    """Whether the index is there with other columns: an older version of ours made it, or the original."""
-    columns = tuple(column.name for column in index.columns)
-    return held.get(str(index.name), columns) != columns
-
-
-def _text(database: Database, element: CreateTable | CreateIndex | DropIndex | CreateColumn) -> str:
+def _text(database: Database, element: CreateTable | CreateIndex | CreateColumn) -> str:
     return str(element.compile(dialect=database.dialect)).strip()
 
 

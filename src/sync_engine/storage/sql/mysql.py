@@ -19,7 +19,7 @@ from sqlalchemy.engine import Dialect
 from sync_engine.errors import ConfigError, StoreError, SyncEngineError, TierUnavailable
 from sync_engine.storage.sql import tables
 from sync_engine.storage.sql.address import Address, tls_context
-from sync_engine.storage.sql.dialect import BUCKETS, Held, Outrun, RowRefused, Session, beside, by_index, nothing
+from sync_engine.storage.sql.dialect import BUCKETS, Held, Outrun, RowRefused, Session, beside, nothing
 from sync_engine.storage.sql.mysql_words import MysqlWords
 from sync_engine.storage.sql.network import Limits, NetworkSession
 from sync_engine.storage.sql.rows import Row
@@ -52,10 +52,6 @@ WHERE table_schema = database() AND (right(table_name, 6) = '_items' OR table_na
 COLUMNS: Final = """\
 SELECT column_name, column_key = 'PRI', collation_name FROM information_schema.columns
 WHERE table_schema = database() AND table_name = %s ORDER BY ordinal_position"""
-
-INDEXES: Final = """\
-SELECT index_name, column_name FROM information_schema.statistics
-WHERE table_schema = database() AND table_name = %s ORDER BY index_name, seq_in_index"""
 
 MIGRATION_LOCK: Final = "SELECT get_lock(concat('sync-engine ', left(sha1(database()), 32)), %s)"
 MIGRATION_OVER: Final = "SELECT release_lock(concat('sync-engine ', left(sha1(database()), 32)))"
@@ -174,10 +170,6 @@ class Mysql:
         return [
             Held(str(name), bool(in_key), kept) for name, in_key, kept in await session.rows(Said(COLUMNS, (table,)))
         ]
-
-    async def indexes(self, session: Session, table: str) -> dict[str, tuple[str | None, ...]]:
-        """The columns of each index of a table."""
-        return by_index(await session.rows(Said(INDEXES, (table,))))
 
     def options(self, table: Table) -> str:
         """What stands behind CREATE TABLE (...)."""

@@ -13,7 +13,7 @@ from sqlalchemy.engine import Dialect
 from sync_engine.errors import ConfigError, StoreError, SyncEngineError, TierUnavailable
 from sync_engine.storage.sql import tables
 from sync_engine.storage.sql.address import Address, tls_context
-from sync_engine.storage.sql.dialect import BUCKETS, Held, Outrun, RowRefused, Session, beside, by_index, nothing
+from sync_engine.storage.sql.dialect import BUCKETS, Held, Outrun, RowRefused, Session, beside, nothing
 from sync_engine.storage.sql.network import Limits, NetworkSession
 from sync_engine.storage.sql.postgresql_words import PostgresqlWords
 from sync_engine.storage.sql.rows import Row
@@ -43,16 +43,6 @@ LEFT JOIN pg_catalog.pg_index i ON i.indrelid = t.oid AND i.indisprimary
 LEFT JOIN pg_catalog.pg_collation c ON c.oid = a.attcollation
 WHERE t.relname = $1 AND t.relkind IN ('r', 'p') AND a.attnum > 0 AND NOT a.attisdropped
 ORDER BY a.attnum"""
-
-INDEXES: Final = """\
-SELECT held.relname, a.attname
-FROM pg_catalog.pg_index i
-JOIN pg_catalog.pg_class held ON held.oid = i.indexrelid
-JOIN pg_catalog.pg_class t ON t.oid = i.indrelid
-JOIN pg_catalog.pg_namespace n ON n.oid = t.relnamespace AND n.nspname = current_schema()
-CROSS JOIN LATERAL unnest(i.indkey) WITH ORDINALITY AS its (attnum, place)
-LEFT JOIN pg_catalog.pg_attribute a ON a.attrelid = t.oid AND a.attnum = its.attnum AND a.attnum > 0
-WHERE t.relname = $1 ORDER BY held.relname, its.place"""
 
 SETTING: Final = "SELECT current_setting(name) FROM unnest($1::text[]) AS name"
 
@@ -128,10 +118,6 @@ class Postgresql:
     async def columns(self, session: Session, table: str) -> list[Held]:
         """The columns of a table."""
         return [Held(*row) for row in await session.rows(Said(COLUMNS, (table,)))]
-
-    async def indexes(self, session: Session, table: str) -> dict[str, tuple[str | None, ...]]:
-        """The columns of each index of a table."""
-        return by_index(await session.rows(Said(INDEXES, (table,))))
 
     def options(self, table: Table) -> str:
         """Nothing stands behind CREATE TABLE (...)."""

@@ -49,7 +49,11 @@ class Questions:
 
     async def by_ids(self, verb: Callable[[Words, Sequence[str]], Said], ids: Sequence[str]) -> list[Row]:
         """The rows of these ids, by a verb of ``Words``. Raises ``InvalidId``."""
-        wanted = [check_id(id_) for id_ in dict.fromkeys(ids)]
+        return await self.of_rows(verb, [check_id(id_) for id_ in dict.fromkeys(ids)])
+
+    async def of_rows(self, verb: Callable[[Words, Sequence[str]], Said], ids: Sequence[str]) -> list[Row]:
+        """The same for ids that a table told, which others may have written into it. Each id once."""
+        wanted = list(ids)
         rows: list[Row] = []
         while wanted:
             routes = self._router.routes
@@ -75,10 +79,6 @@ class Questions:
     def each_in_range(self, prefix: str) -> AsyncIterator[SyncItem | Corruption]:
         """What every row of a prefix is, page by page."""
         return judged(self._under(prefix, Words.range), "", None)
-
-    def dirty(self, prefix: str, after: str | None, limit: int | None) -> AsyncIterator[SyncItem | Corruption]:
-        """What each dirty row of a prefix behind ``after`` is, page by page."""
-        return judged(self._under(prefix, Words.dirty), check_text("after", after or ""), limit)
 
     def in_state(self, state: str, after: str | None, limit: int | None) -> AsyncIterator[SyncItem]:
         """Items in a state behind ``after``, page by page."""

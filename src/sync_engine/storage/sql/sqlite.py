@@ -27,7 +27,7 @@ from sqlalchemy.pool import ConnectionPoolEntry, NullPool
 
 from sync_engine.errors import ConfigError, DiskFull, StoreError, SyncEngineError, TierUnavailable
 from sync_engine.storage.sql import tables
-from sync_engine.storage.sql.dialect import Held, RowRefused, Session, by_index, nothing
+from sync_engine.storage.sql.dialect import Held, RowRefused, Session, nothing
 from sync_engine.storage.sql.rows import Row
 from sync_engine.storage.sql.sqlite_words import BEGIN, COMMIT, ROLLBACK, SqliteWords
 from sync_engine.storage.sql.words import Said
@@ -52,10 +52,6 @@ CRAMPED_COMMITS: Final = 100
 """For how long a disk that was full counts as nearly full: each of them costs two syncs more."""
 
 COLUMNS: Final = "SELECT name, pk > 0 FROM pragma_table_info(?) ORDER BY cid"
-
-INDEXES: Final = """\
-SELECT held.name, its.name FROM pragma_index_list(?) AS held JOIN pragma_index_info(held.name) AS its
-ORDER BY held.name, its.seqno"""
 
 
 class Sqlite:
@@ -88,10 +84,6 @@ class Sqlite:
     async def columns(self, session: Session, table: str) -> list[Held]:
         """The columns of a table."""
         return [Held(name, bool(in_key), None) for name, in_key in await session.rows(Said(COLUMNS, (table,)))]
-
-    async def indexes(self, session: Session, table: str) -> dict[str, tuple[str | None, ...]]:
-        """The columns of each index of a table."""
-        return by_index(await session.rows(Said(INDEXES, (table,))))
 
     def options(self, table: Table) -> str:
         """Nothing stands behind CREATE TABLE (...)."""

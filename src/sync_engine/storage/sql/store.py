@@ -17,7 +17,7 @@ from sync_engine.storage.sql import history
 from sync_engine.storage.sql.apply import apply_ops, shared_out
 from sync_engine.storage.sql.connect import database_of
 from sync_engine.storage.sql.dialect import Database, Session
-from sync_engine.storage.sql.dirty import call_clean, count_dirty, dirty_ids, dirty_prefixes
+from sync_engine.storage.sql.dirty import call_clean, count_dirty, dirty_ids, dirty_prefixes, dirty_rows
 from sync_engine.storage.sql.lanes import Lane
 from sync_engine.storage.sql.migrate import prepare
 from sync_engine.storage.sql.pages import PAGE_ROWS, check_limit, check_text, range_of, sound
@@ -295,7 +295,8 @@ class SqlStore:
     async def list_dirty_ids(self, limit: int = 1000, *, prefix: str = "", after: str | None = None) -> list[str]:
         """Ids of dirty rows that start with the prefix, ascending by code point, those greater than ``after``.
 
-        A row is dirty from any write that changed its content or version until ``mark_clean``.
+        A row is dirty from any write that changed its content or version until ``mark_clean``. Go on with ``after``:
+        more than 1,000 dirty rows are found by passing the clean ones between them (docs/limits.md).
         """
         check_text("prefix", prefix)
         after = check_text("after", after or "")
@@ -308,11 +309,11 @@ class SqlStore:
 
         Not raised, so that it hides none of its neighbours: both have an ``object_id`` to go on behind (Q3).
         """
-        return [found async for found in self._questions.dirty(prefix, after, check_limit(limit))]
+        return [found async for found in self._dirty(prefix, after, check_limit(limit))]
 
     async def iter_dirty(self, prefix: str = "") -> AsyncIterator[SyncItem | Corruption]:
         """All of ``get_dirty``, page by page; writes in between may or may not be seen."""
-        async for found in self._questions.dirty(prefix, None, None):
+        async for found in self._dirty(prefix, None, None):
             yield found
 
     async def count_dirty(self, prefix: str = "") -> int:
@@ -322,7 +323,7 @@ class SqlStore:
     async def list_dirty_prefixes(self, limit: int = 1000, *, after: str | None = None) -> list[str]:
         """What dirty ids have before their first dot, or are where they have none: each once, ascending, > ``after``.
 
-        Costs a short statement per prefix, or per hundred of them, however many rows there are.
+        Costs a short statement per prefix, or per hundred of them, however many dirty rows there are.
         """
         after = None if after is None else check_text("after", after)
         return await dirty_prefixes(self._questions, self._router, check_limit(limit), after)
@@ -358,6 +359,10 @@ class SqlStore:
         return f"<SqlStore {self._database!r} {condition} | {len(self._tasks)} writes running>"
 
     # How.
+
+    def _dirty(self, prefix: str, after: str | None, limit: int | None) -> AsyncIterator[SyncItem | Corruption]:
+        after = check_text("after", after or "")
+        return dirty_rows(self._questions, self._router, check_text("prefix", prefix), after, limit)
 
     async def _apply(self, ops: Sequence[Op], batch_id: str | None = None) -> Applied:
         if not ops:

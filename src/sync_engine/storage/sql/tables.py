@@ -27,8 +27,8 @@ __all__ = [
     "tombstones",
 ]
 
-SCHEMA_VERSION: Final = 2
-"""Raised when tables change: code of an older version refuses them. 2: dirty rows are found in order of ids."""
+SCHEMA_VERSION: Final = 1
+"""Raised when a table changes so that older code would misread it."""
 
 ADOPTABLE: Final = frozenset({"merkle_dirty", "state", "access_count", "last_accessed", "stamp"})
 """Columns that tables of older writers lack and that can be added: all are nullable or have a default."""
@@ -74,7 +74,7 @@ def item_table(name: str, among: MetaData | None = None) -> Table:
         Column("last_accessed", _Int64, nullable=False, server_default=text("0")),
         Column("stamp", _Int64),
         Index(index_name(name, "timestamp"), "timestamp"),
-        Index(index_name(name, "merkle_dirty"), "merkle_dirty", "id"),  # so are pages of dirty rows
+        Index(index_name(name, "merkle_dirty"), "merkle_dirty"),
         Index(index_name(name, "state"), "state", "id"),  # with the id: pages of a state are read in order, by key
         Index(
             index_name(name, "stamp"), "stamp", "id"

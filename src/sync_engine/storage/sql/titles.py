@@ -6,6 +6,7 @@ from typing import Final
 
 __all__ = [
     "AGES",
+    "ANY_DIRTY",
     "ARRIVED",
     "BEFORE_WRITING",
     "BURIED",
@@ -20,6 +21,7 @@ __all__ = [
     "DELETE",
     "DIRTY",
     "DIRTY_RANGES",
+    "DIRTY_SUMS",
     "EXHUME",
     "EXISTING",
     "FETCH",
@@ -172,20 +174,19 @@ IDS_IN_RANGE: Final = "SELECT id FROM $items WHERE $range ORDER BY id LIMIT ?"
 COUNT_RANGE: Final = "SELECT count(*) FROM $items WHERE $range"
 """How many rows are in a range of ids."""
 
-# The flag is part of the bounds, rather than a condition beside them: a planner that believes most rows to be dirty, as
-# they are until somebody calls them clean, would read along the primary key, past all that have become clean since.
-DIRTY_RANGES: Final = {
-    (False, True): "(merkle_dirty, id) >= (1, ?) AND (merkle_dirty, id) < (1, ?)",
-    (True, True): "(merkle_dirty, id) > (1, ?) AND (merkle_dirty, id) < (1, ?)",
-    (False, False): "(merkle_dirty, id) >= (1, ?) AND merkle_dirty < 2",
-    (True, False): "(merkle_dirty, id) > (1, ?) AND merkle_dirty < 2",
-}
+# + 0: the index of the flag does not know the ids. Along the primary key no page has to be sorted.
+DIRTY_RANGES: Final = {shape: f"merkle_dirty + 0 = 1 AND {bounds}" for shape, bounds in RANGES.items()}
 
-DIRTY: Final = "SELECT $columns FROM $items$hint WHERE $range ORDER BY merkle_dirty, id LIMIT ?"
+DIRTY: Final = "SELECT $columns FROM $items$hint WHERE $range ORDER BY $order LIMIT ?"
 """A page of the dirty rows in a range of ids."""
 
-IDS_DIRTY: Final = "SELECT id FROM $items$hint WHERE $range ORDER BY merkle_dirty, id LIMIT ?"
+IDS_DIRTY: Final = "SELECT id FROM $items$hint WHERE $range ORDER BY $order LIMIT ?"
 """A page of their ids."""
 
+ANY_DIRTY: Final = "SELECT id FROM $items WHERE merkle_dirty > 0 ORDER BY merkle_dirty LIMIT ?"
+"""Some ids of dirty rows, wherever they are. Ordered by what all have alike, for the sake of the index."""
+
 COUNT_DIRTY: Final = "SELECT count(*) FROM $items$hint WHERE $range"
-"""How many there are."""
+"""How many dirty rows are in a range of ids."""
+
+DIRTY_SUMS: Final = {shape: f"merkle_dirty = 1 AND {bounds}" for shape, bounds in RANGES.items()}

@@ -58,8 +58,12 @@ class Words(ABC):
     changed_rows: ClassVar[str] = titles.CHANGED_ROWS
     changed_deletes: ClassVar[str] = titles.CHANGED_DELETES
     dirty_ranges: ClassVar[Mapping[tuple[bool, bool], str]] = titles.DIRTY_RANGES
+    dirty_sums: ClassVar[Mapping[tuple[bool, bool], str]] = titles.DIRTY_SUMS
     dirty_hint: ClassVar[str] = ""
     """Which index finds dirty rows, where the database has to be told."""
+    dirty_order: ClassVar[str] = "id"
+    dirty_in_order: ClassVar[bool] = False
+    """Whether that index has them in order of ids, so that a page costs the same however many clean rows there are."""
     for_update: ClassVar[str] = " FOR UPDATE"
     """Rows that are read stay as they are until the transaction ends, whoever writes."""
     before_writing: ClassVar[Said] = Said(titles.BEFORE_WRITING)
@@ -194,8 +198,10 @@ class Words(ABC):
         return self._paged(self._ranged(titles.IDS_DIRTY, self._page, shape, self.dirty_ranges), bounds, limit)
 
     def count_dirty(self, shape: tuple[bool, bool], bounds: Sequence[str]) -> Said:
-        text = self._ranged(titles.COUNT_DIRTY, self._sum, shape, self.dirty_ranges)
-        return Said(text, tuple(bounds) * self._many)
+        return Said(self._ranged(titles.COUNT_DIRTY, self._sum, shape, self.dirty_sums), tuple(bounds) * self._many)
+
+    def any_dirty(self, most: int) -> Said:
+        return self._paged(self._once(titles.ANY_DIRTY, self._page), (), most)
 
     def weighed(self, shape: tuple[bool, bool], bounds: Sequence[str], limit: int) -> Said:
         return self._paged(self._ranged(titles.WEIGHED, self._page, shape), bounds, limit)
@@ -237,6 +243,7 @@ class Words(ABC):
                 items=table,
                 index=index_name(table, "stamp"),
                 hint=self.dirty_hint.replace("$index", index_name(table, "merkle_dirty")),
+                order=self.dirty_order,
                 columns=self.columns,
                 **parts,
             )
