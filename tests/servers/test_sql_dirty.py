@@ -545,6 +545,25 @@ async def test_rows_that_are_deleted_while_few_are_read_end_no_listing(
     assert sorted(seen) == sorted(f"k{n}" for n in range(12) if n not in (4, 5, 6))
 
 
+async def test_what_is_no_item_is_refused_before_anything_is_called_clean(store: SqlStore, sql_url: str) -> None:
+    await store.put_batch([SyncItem("a", b"x"), SyncItem("b", b"y")])
+    await ask(sql_url, "UPDATE sync_items SET payload_hash = 'f' WHERE id = 'b'")
+    found = await store.get_dirty()
+    with pytest.raises(InvalidItem, match="items: a Corruption"):
+        await store.mark_clean(found)  # type: ignore[arg-type]  # which is what is asked
+    with pytest.raises(InvalidItem, match="items: a Corruption"):
+        await store.verify_batch(found)  # type: ignore[arg-type]  # the same
+    assert await store.count_dirty() == 2
+
+
+async def test_many_are_called_clean_in_several_transactions(store: SqlStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sync_engine.storage.sql.store.CLEANED_AT_ONCE", 7)
+    items = [SyncItem(f"k{n:02}", b"x") for n in range(30)]
+    await store.put_batch(items)
+    assert await store.mark_clean(items) == 30
+    assert await store.count_dirty() == 0
+
+
 async def test_a_limit_of_zero_asks_for_nothing(store: SqlStore) -> None:
     await store.apply([put("a", 1)])
     assert await store.list_dirty_ids(0) == await store.get_dirty(0) == await store.list_dirty_prefixes(0) == []
@@ -555,14 +574,16 @@ async def test_Q17_dirty_rows_are_found_through_an_index_however_many_are_clean(
     store: SqlStore, sql_url: str, tables: int
 ) -> None:
     """Also where the planner believes that all of them are dirty, as they were when it last looked."""
-    await store.put_batch([SyncItem(f"{letter}{n:04}", b"x") for letter in "abc" for n in range(1000)])
+    spread = [hashlib.sha256(b"%d" % n).hexdigest()[:12] for n in range(1000)]  # not written in the order of their ids
+    for start in range(0, 1000, 100):
+        await store.put_batch([SyncItem(letter + n, b"x") for letter in "abc" for n in spread[start : start + 100]])
     if tables == 3:
         await store.register_schema("one", ["a"])
         await store.register_schema("two", ["b"])
     words = store._router.every(store._router.routes)
     assert len(words.tables) == tables
     shapes = {(False, True): ("a", "b"), (True, True): ("a", "b"), (False, False): ("",), (True, False): ("a",)}
-    pages = [verb(shape, bounds, 10) for shape, bounds in shapes.items() for verb in (words.dirty, words.ids_dirty)]
+    pages = [verb(shape, bounds, 500) for shape, bounds in shapes.items() for verb in (words.dirty, words.ids_dirty)]
     counts = [words.count_dirty(shape, bounds) for shape, bounds in shapes.items()]
     some = [] if words.dirty_in_order else [words.any_dirty(10)]
     kind = sql_url.partition(":")[0]

@@ -68,7 +68,15 @@ async def _few(questions: Questions, router: Router, prefix: str) -> list[str] |
     if router.words().dirty_in_order:
         return None
     rows = await questions.told(lambda routes: router.under(routes, prefix).any_dirty(FEW + 1))
-    return None if len(rows) > FEW else sorted(id_ for (id_,) in rows if id_.startswith(prefix))
+    return (
+        None
+        if len(rows) > FEW
+        else sorted(
+            id_
+            for (id_,) in rows
+            if isinstance(id_, str) and id_.startswith(prefix)  # SQLite keeps whatever others wrote
+        )
+    )
 
 
 async def _walked(

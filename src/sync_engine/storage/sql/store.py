@@ -9,7 +9,7 @@ from typing import Any, Final, TypeVar
 from uuid import uuid4
 
 from sync_engine.clock import SystemClock
-from sync_engine.errors import ConfigError, Corruption, TierUnavailable
+from sync_engine.errors import ConfigError, Corruption, InvalidItem, TierUnavailable
 from sync_engine.item import Op, SyncItem, check_id, check_state
 from sync_engine.ports import Applied, BatchWriteResult, Changes, Clock, Fetched, together
 from sync_engine.schema import check_schema
@@ -31,6 +31,9 @@ from sync_engine.storage.sql.words import Words
 __all__ = ["SqlStore"]
 
 _T = TypeVar("_T")
+
+CLEANED_AT_ONCE: Final = 1_000
+"""Rows that one transaction calls clean: it holds what writers wait for."""
 
 READERS: Final = 2
 """Connections for reading: one may be busy with a long scan while the other answers single gets."""
@@ -323,7 +326,7 @@ class SqlStore:
     async def list_dirty_prefixes(self, limit: int = 1000, *, after: str | None = None) -> list[str]:
         """What dirty ids have before their first dot, or are where they have none: each once, ascending, > ``after``.
 
-        Costs a short statement per prefix, or per hundred of them, however many dirty rows there are.
+        Costs a short statement per prefix, or per hundred of them; over 1,000 dirty rows are found past the clean ones.
         """
         after = None if after is None else check_text("after", after)
         return await dirty_prefixes(self._questions, self._router, check_limit(limit), after)
@@ -331,19 +334,20 @@ class SqlStore:
     async def mark_clean(self, items: Iterable[SyncItem]) -> int:
         """Call rows clean that are still what was processed: by SHA-256, version and stamp. How many were dirty.
 
-        What has been written since stays dirty, a change of state included (Q4). In one transaction, as ``apply``; a
-        row without a hash (the original writes such) is read, and compared by its content.
+        What has been written since stays dirty, a stamped change of state included (Q4). Each ``CLEANED_AT_ONCE`` in a
+        transaction of their own, so that other writers do not wait for all; a row without a hash (the original writes
+        such) is read, and compared by its content. Raises ``InvalidItem`` for what is no item, before anything is done.
         """
-        if not (processed := list(items)):
-            return 0
-        return await self._owned(
-            lambda: self._writers[0].transaction(lambda own: call_clean(own, self._router, processed))
-        )
+        processed = _items(items)
+        cleaned = 0
+        for start in range(0, len(processed), CLEANED_AT_ONCE):
+            cleaned += await self._owned(partial(self._call_clean, processed[start : start + CLEANED_AT_ONCE]))
+        return cleaned
 
     async def verify_batch(self, items: Iterable[SyncItem]) -> Verification:
         """Whether the rows hold these items: hash, version and state, as recorded beside the contents, which are not
         read; but those of rows that have no hash are. Of several items with one id the last counts."""
-        return await verify(self._questions, self.buried_stamps, items)
+        return await verify(self._questions, self.buried_stamps, _items(items))
 
     async def iter_corrupt(self, prefix: str = "") -> AsyncIterator[Corruption]:
         """Every damaged row, and every one that can be no item. Reads all contents, a page of rows at a time.
@@ -359,6 +363,9 @@ class SqlStore:
         return f"<SqlStore {self._database!r} {condition} | {len(self._tasks)} writes running>"
 
     # How.
+
+    async def _call_clean(self, processed: Sequence[SyncItem]) -> int:
+        return await self._writers[0].transaction(lambda own: call_clean(own, self._router, processed))
 
     def _dirty(self, prefix: str, after: str | None, limit: int | None) -> AsyncIterator[SyncItem | Corruption]:
         after = check_text("after", after or "")
@@ -399,6 +406,14 @@ class SqlStore:
         for lane in (*self._writers, *self._readers):
             await lane.close()
         await self._database.close()
+
+
+def _items(given: Iterable[SyncItem]) -> list[SyncItem]:
+    items = list(given)
+    for each in items:
+        if not isinstance(each, SyncItem):  # get_dirty tells of damaged rows as well
+            raise InvalidItem("items", f"a {type(each).__name__}", "must be items")
+    return items
 
 
 def _put(item: SyncItem) -> Op:
