@@ -141,12 +141,13 @@ class WriteAheadLog:
             places.append((segment.path, segment.first_seq, record))
         return await asyncio.to_thread(_read, places)
 
-    def relieve(self) -> None:
+    def relieve(self, *, past_the_log: bool = False) -> None:
         """Somebody on this disk, without whom nothing is settled, has no room: give up the reserve.
 
         Nothing is accepted from then on until it is back, which is tried with whatever else there is to do.
         """
-        self._work.relieve = self._cramped = True
+        self._work.relieve = True
+        self._cramped |= past_the_log
         self._schedule(soon=True)
 
     def relieved(self) -> None:

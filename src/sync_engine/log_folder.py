@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import weakref
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from zlib import crc32
@@ -151,16 +152,17 @@ class Folder:
 
     def disown(self) -> None:
         """In a forked child: forget the lock, which stays with the parent."""
-        if self._lock >= 0:
-            os.close(self._lock)
-            self._lock = -1
+        lock, self._lock = self._lock, -1
+        if lock >= 0:
+            with suppress(OSError):
+                os.close(lock)
 
     def close(self) -> None:
         """Give the lock back."""
-        for fd in (self._lock, self._folder):
+        held, self._lock, self._folder = (self._lock, self._folder), -1, -1  # first: a fork may come in between
+        for fd in held:
             if fd >= 0:
                 os.close(fd)
-        self._lock = self._folder = -1
 
     def keep_spare(self) -> None:
         """See to it that there is a spare file, unless the disk is too full even for that."""

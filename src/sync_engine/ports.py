@@ -352,8 +352,11 @@ class Journal(Protocol):
         """Operations of unsettled records, read back from disk, in input order."""
         ...
 
-    def relieve(self) -> None:
-        """Somebody without whom nothing is settled has no room on his disk: give up what is held back for him."""
+    def relieve(self, *, past_the_log: bool = ...) -> None:
+        """Somebody without whom nothing is settled has no room on his disk: give up what is held back for him.
+
+        ``past_the_log``: he may need it for what no record waits for, until ``relieved``.
+        """
         ...
 
     def relieved(self) -> None:

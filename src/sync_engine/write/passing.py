@@ -105,7 +105,8 @@ class Passing:
 
     def cramped(self) -> None:
         """A tier has no room; its disk may be the log's."""
-        self._filing.relieve()
+        if self._journal is not None:
+            self._journal.relieve(past_the_log=True)  # Ack.MEMORY may have sent it what the log could not take
 
     def _restated(self, lane: Lane, entry: Entry, plan: Plan, applied: Applied) -> None:
         """A tier has applied a change of state, as the plan spoke it."""

@@ -285,7 +285,7 @@ class DiskLog:
             self._marking = True
             self._loop.call_later(0.05, self._mark)
 
-    def relieve(self) -> None:
+    def relieve(self, *, past_the_log: bool = False) -> None:
         """Nothing is held back: this disk is never full."""
 
     def relieved(self) -> None:
