@@ -545,7 +545,7 @@ async def test_I3_a_flapping_redis_costs_a_bounded_number_of_connections_and_not
             await rig.read_back(engine)
     told = f"{opened / times:.1f} connections each time, {retries / lasted_s:.1f} retries a second"
     rig.figures.tell(f"24 Redis flaps, {server.kind}", told)
-    assert retries <= BUDGET.burst + lasted_s * BUDGET.per_s
+    assert retries <= BUDGET.burst + lasted_s * BUDGET.per_s + 2  # lane and healing may wait for theirs
     # Each time a pool at most, and what fails of it as often as a breaker allows.
     assert opened <= times * (CONNECTIONS_MAX + BREAKER.failures_max)
 

@@ -271,7 +271,7 @@ async def test_I3_a_flapping_database_costs_a_bounded_number_of_attempts(make_ri
         await rig.read_back(engine)
     counted = f", {attempts / lasted_s:.1f} connections" if isinstance(truth, ServerTruth) else ""
     rig.figures.tell("24 SQL flaps once a second", f"{retries / lasted_s:.1f} retries{counted} a second")
-    assert 0 < retries <= BUDGET.burst + lasted_s * BUDGET.per_s
+    assert 0 < retries <= BUDGET.burst + lasted_s * BUDGET.per_s + 1  # one that waits has not been made
     # Each time the connections that there are, and what fails of them as often as a breaker allows.
     assert attempts <= times * (READERS + 1 + BREAKER.failures_max) + lasted_s / BREAKER.rest_s
 
