@@ -65,7 +65,7 @@ class RetryPolicy:
 class RetryBudget:
     """How many retries one tier is given: ``burst`` at once, and ``per_s`` a second on average.
 
-    An outage needs eight of them in its first ten seconds and one in five seconds after that. What the bound is for
+    A lane in an outage stays well below it; with healing beside it Redis comes near. What the bound is for
     is a tier that answers now and then: each answer lets a policy begin anew with its shortest wait.
     """
 
