@@ -512,6 +512,23 @@ async def test_a_replica_that_takes_over_is_told_of_before_it_is_believed(own_cl
     await store.close()
 
 
+async def test_a_replica_that_was_asked_before_it_took_over_is_news_once(own_cluster: StartCluster) -> None:
+    cluster = await own_cluster()
+    replica = (await cluster.replica_of((await cluster.primaries())[1])).server
+    told: list[str] = []
+    # The only address to begin with: it is asked who serves what, over a connection that stays.
+    store = await RedisStore.connect(
+        f"redis+cluster://127.0.0.1:{replica.port}", "t:", on_new_server=lambda: told.append("new")
+    )
+    batch = items(300)
+    await store.put_batch(batch)
+    await cluster.failover(1)
+    assert len(await store.get_many([item.object_id for item in batch])) == 300
+    await asyncio.gather(*(store.put_batch(batch) for _ in range(8)))
+    assert len(told) == 1
+    await store.close()
+
+
 @pytest.mark.slow
 async def test_a_primary_that_dies_is_replaced(own_cluster: StartCluster) -> None:
     cluster = await own_cluster()

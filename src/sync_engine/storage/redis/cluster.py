@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence, Set
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any, cast
@@ -75,7 +75,7 @@ class Cluster(Calls):
         self._lines: dict[Node, Line] = {}
         self._pipes: dict[Node, Pipe] = {}
         self._listeners: Counter[Node] = Counter()
-        self._topology = Topology(nodes, ask=self._slots, own=self.own, on_new=self._new_server)
+        self._topology = Topology(nodes, ask=self._slots, own=self.own, on_new=self._new_primaries)
         self._client: RedisCluster | None = None
         self._line(self._seeds[0])  # opens nothing, but refuses bad options
 
@@ -185,6 +185,11 @@ class Cluster(Calls):
         host, port = refused.moved_to
         self._topology.take_over({shard.number: (reached_at(host, node), port)})
         return True
+
+    def _new_primaries(self, nodes: Set[Node]) -> None:
+        self._new_server()
+        for node in nodes & self._lines.keys():  # as a replica it may have told us who serves what
+            self._lines[node].begin_anew()
 
     # Lines
 

@@ -94,6 +94,12 @@ class Line(Calls):
             raise TierUnavailable("l2", "the reply is of a server that is not the one any more")
         return reply
 
+    def begin_anew(self) -> None:
+        """Whoever must know has been told that this server is another: meeting it is no news, and what was said before
+        counts for nothing."""
+        self._capabilities = self._finding = None
+        self._pool.begin_anew()
+
     def listen(self, shard: Shard) -> AbstractAsyncContextManager[Listener]:
         """A connection beside the pool for commands that wait, such as XREAD BLOCK."""
         if self._closed:

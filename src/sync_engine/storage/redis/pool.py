@@ -149,6 +149,11 @@ class Pool(BlockingConnectionPool):
         self.epoch += 1
         self._lost = True
 
+    def begin_anew(self) -> None:
+        """The same, for a server of which whoever must know has been told: it is no news when it is met."""
+        self.renew()
+        self._identity = ""
+
     def forget(self, connection: AbstractConnection) -> None:
         """Drop what is known of a connection of ``make_connection`` that is not used any more."""
         self._epochs.pop(connection, None)
@@ -172,12 +177,13 @@ class Pool(BlockingConnectionPool):
             self.accept(role)
             # A server that followed another for a while and leads again has the same run_id and other data.
             identity = f"{fields(server).get('run_id', '')} {role.get('master_replid', '')}"
-        if self._identity and identity != self._identity:
+        if identity != self._identity:
             if self._epochs.get(connection) != self.epoch:
                 raise RedisConnectionError("another server was met while this connection was made")
-            log.warning("Redis is another server than before, or was restarted")
-            self._on_new_server()  # before anything is noted: if it fails, the next connection calls it again
-            self.epoch += 1
+            if self._identity:
+                log.warning("Redis is another server than before, or was restarted")
+                self._on_new_server()  # before anything is noted: if it fails, the next connection calls it again
+                self.epoch += 1
         self._identity, self._lost = identity, False
         self._epochs[connection] = self.epoch
 

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import math
 import random
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence, Set
 from typing import Any
 
 from sync_engine.errors import SyncEngineError, TierUnavailable
@@ -25,9 +25,9 @@ Own = Callable[[Coroutine[Any, Any, Any]], "asyncio.Task[Any]"]
 
 
 class Topology:
-    """``ask`` puts CLUSTER SLOTS to a node. ``on_new`` is called when a node has a shard that had none before.
+    """``ask`` puts CLUSTER SLOTS to a node. ``on_new`` is called with nodes that have a shard and had none before.
 
-    That node may be a replica which lacks some of what its primary confirmed, so it is called before anybody is told
+    Such a node may be a replica which lacks some of what its primary confirmed, so it is called before anybody is told
     of the node. (A primary that is given further slots receives all of their keys first.)
     """
 
@@ -37,7 +37,7 @@ class Topology:
         *,
         ask: Callable[[Node], Awaitable[Any]],
         own: Own,
-        on_new: Callable[[], None],
+        on_new: Callable[[Set[Node]], None],
     ) -> None:
         self._seeds = tuple(seeds)
         self._ask = ask
@@ -76,7 +76,7 @@ class Topology:
         new = set(owners.values()) - before
         if before and new:
             log.warning("the cluster has other primaries: %s", ", ".join(f"{host}:{port}" for host, port in new))
-            self._on_new()
+            self._on_new(new)
         for number, node in owners.items():
             self.owners[number] = node
 
