@@ -9,7 +9,7 @@ import asyncpg
 import pytest
 
 from sync_engine.errors import StoreError, TierUnavailable
-from sync_engine.storage.sql import mysql, postgresql, sqlite
+from sync_engine.storage.sql import mysql, postgresql_errors, sqlite
 from sync_engine.storage.sql.dialect import Outrun, RowRefused
 
 
@@ -42,7 +42,7 @@ def test_what_a_code_of_mysql_means(code: int, kind: type[Exception]) -> None:
 def test_what_a_code_of_postgresql_means(code: str, kind: type[Exception]) -> None:
     error = asyncpg.PostgresError("as the server says")
     error.sqlstate = code
-    meant = postgresql._meaning(asyncpg, error)
+    meant = postgresql_errors.meaning(asyncpg, error)
     assert type(meant) is kind
     assert code in str(meant)
 
@@ -67,7 +67,7 @@ def test_what_an_error_of_sqlite_means(statement: str, kind: type[Exception]) ->
 
 
 def test_what_is_no_error_of_a_driver_stays_what_it_is() -> None:
-    for meaning, driver in ((mysql._meaning, asyncmy), (postgresql._meaning, asyncpg)):
+    for meaning, driver in ((mysql._meaning, asyncmy), (postgresql_errors.meaning, asyncpg)):
         fault = KeyError("ours")
         assert meaning(driver, fault) is fault
         assert type(meaning(driver, ConnectionResetError())) is TierUnavailable

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import ssl
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Final
 
 from sqlalchemy import Table
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.engine import Dialect
 
-from sync_engine.errors import ConfigError, StoreError, SyncEngineError, TierUnavailable
+from sync_engine.errors import ConfigError, StoreError, TierUnavailable
 from sync_engine.storage.sql import tables
 from sync_engine.storage.sql.address import Address, tls_context
-from sync_engine.storage.sql.dialect import BUCKETS, Held, Outrun, RowRefused, Session, beside, nothing
+from sync_engine.storage.sql.dialect import BUCKETS, Held, RowRefused, Session, beside, nothing
 from sync_engine.storage.sql.network import Limits, NetworkSession
-from sync_engine.storage.sql.postgresql_words import PostgresqlWords
-from sync_engine.storage.sql.rows import Row
+from sync_engine.storage.sql.postgresql_errors import at_connect, meaning
+from sync_engine.storage.sql.postgresql_words import COPIED, EMPTY_COPIED, MAKE_COPIED, Copying, PostgresqlWords
+from sync_engine.storage.sql.rows import Row, Value
 from sync_engine.storage.sql.words import Said
 
 __all__ = ["Postgresql"]
@@ -43,6 +44,8 @@ LEFT JOIN pg_catalog.pg_index i ON i.indrelid = t.oid AND i.indisprimary
 LEFT JOIN pg_catalog.pg_collation c ON c.oid = a.attcollation
 WHERE t.relname = $1 AND t.relkind IN ('r', 'p') AND a.attnum > 0 AND NOT a.attisdropped
 ORDER BY a.attnum"""
+
+SERVER: Final = "SELECT current_setting('server_encoding'), has_database_privilege(current_database(), 'TEMPORARY')"
 
 SETTING: Final = "SELECT current_setting(name) FROM unnest($1::text[]) AS name"
 
@@ -80,10 +83,11 @@ class Postgresql:
             "standard_conforming_strings": "on",
             "bytea_output": "hex",
         }
+        self._copying = Copying()
 
     def words(self, *tables: str) -> PostgresqlWords:
         """The statements about tables of items."""
-        return PostgresqlWords(*tables)
+        return PostgresqlWords(self._copying, *tables)
 
     async def open(self) -> PostgresqlSession:
         """A new connection with its settings made and read back."""
@@ -92,8 +96,8 @@ class Postgresql:
                 **self._asked, server_settings=self._settings, timeout=self._limits.connect_s, statement_cache_size=100
             )
         except Exception as error:
-            raise _at_connect(self._driver, error) from error
-        session = PostgresqlSession(connection, self._driver, self._limits)
+            raise at_connect(self._driver, error) from error
+        session = PostgresqlSession(connection, self._driver, self._limits, self._copying)
         try:
             await self._check(session)
         except BaseException:  # cancelled or failed alike: nobody else would close it
@@ -107,7 +111,7 @@ class Postgresql:
         for (name, value), (kept,) in zip(wanted.items(), held, strict=True):
             if not _same(value, kept):
                 raise StoreError("l3", f"PostgreSQL keeps {name} at {kept!r} where {value!r} is needed")
-        ((encoding,),) = await session.rows(Said(SETTING, (["server_encoding"],)))
+        ((encoding, self._copying.possible),) = await session.rows(Said(SERVER))
         if encoding != "UTF8":
             raise StoreError("l3", f"the database stores text as {encoding}; ids are ordered as UTF-8")
 
@@ -144,10 +148,12 @@ class PostgresqlSession(NetworkSession):
 
     bytes_max = 4 * 1024 * 1024
 
-    def __init__(self, connection: Any, driver: Any, limits: Limits) -> None:
+    def __init__(self, connection: Any, driver: Any, limits: Limits, copying: Copying) -> None:
         super().__init__(limits)
         self._connection = connection
         self._driver = driver
+        self._copying = copying
+        self._made_copied = False
 
     async def rows(self, said: Said) -> list[Row]:
         """Run one statement; all its rows."""
@@ -169,8 +175,12 @@ class PostgresqlSession(NetworkSession):
 
     async def attempt(self, said: Said, meanwhile: Callable[[], None] = nothing) -> int:
         """The same behind a savepoint: an error would otherwise end the whole transaction."""
-        await self._say("SAVEPOINT here")
+        if said.copied:
+            await self._make_copied()
+        await self._say(f"SAVEPOINT here; {EMPTY_COPIED}" if said.copied else "SAVEPOINT here")
         try:
+            if said.copied:
+                await self._copy(said.copied)
             changed = await self.run(said, meanwhile)
         except RowRefused:
             await self._say("ROLLBACK TO SAVEPOINT here")
@@ -193,7 +203,29 @@ class PostgresqlSession(NetworkSession):
         self._in_transaction = False
 
     async def _undo(self) -> None:
+        self._made_copied = False  # perhaps in the very transaction that is undone
         await self._say("ROLLBACK")
+
+    async def _make_copied(self) -> None:
+        if not self._made_copied:
+            await self._or_not_at_all(lambda: self._connection.execute(MAKE_COPIED))
+            self._made_copied = True
+
+    async def _copy(self, rows: Sequence[Sequence[Value]]) -> None:
+        async def work() -> None:
+            try:
+                await self._connection.copy_records_to_table(COPIED, schema_name="pg_temp", records=rows)
+            except (OverflowError, TypeError) as unfit:
+                raise RowRefused("l3", "a value does not fit its column") from unfit
+
+        await self._or_not_at_all(work)
+
+    async def _or_not_at_all(self, work: Callable[[], Awaitable[object]]) -> None:
+        try:
+            await self._whole(work)
+        except TierUnavailable:  # no right to it any more, or no room: from now on rows are sent without
+            self._copying.possible = False
+            raise
 
     async def begin_migration(self) -> None:
         """A transaction that no other migration shares, nor any writer: both would wait for the other's tables."""
@@ -211,7 +243,7 @@ class PostgresqlSession(NetworkSession):
         await self._whole(lambda: self._connection.execute(text))
 
     def _meaning(self, error: Exception) -> BaseException:
-        return _meaning(self._driver, error)
+        return meaning(self._driver, error)
 
     def _gone(self) -> bool:
         return bool(self._connection.is_closed())
@@ -260,62 +292,3 @@ def _ms(told: str) -> int | None:
         if told.endswith(unit) and told[: -len(unit)].isdigit():
             return int(told[: -len(unit)]) * factor
     return None
-
-
-_PASSING: Final = {
-    "08": "the connection failed",
-    "0A000": "a table was changed meanwhile",  # the plan of a prepared statement, which is made again
-    "25": "the transaction is over",
-    "25006": "the server takes no writes",
-    "26": "a prepared statement is gone; is there a pooler in between?",
-    "28": "the server refuses user or password",
-    "3D": "there is no such database",
-    "3F": "there is no such schema",
-    "42501": "the user may not do this",
-    "42P01": "a table is missing",
-    "42703": "a column is missing",
-    "53": "the server is out of resources",
-    "55": "a lock was not to be had in time",
-    "57": "the server stopped the statement",
-    "58": "the server has trouble with its system",
-    "F0": "the server has trouble with its configuration",
-    "XX": "the server has trouble with itself",
-}
-"""Troubles of the moment or of the machine: nothing is known of the items, and asking later can help."""
-
-_REFUSED: Final = ("22", "23", "44", "54", "P0")
-"""Data exceptions, constraints, views' checks, program limits (a row, an index entry is too large), triggers."""
-
-
-def _meaning(driver: Any, error: Exception) -> BaseException:
-    """What an error means, decided in this one place."""
-    if isinstance(error, SyncEngineError):
-        return error
-    code = getattr(error, "sqlstate", None)
-    if isinstance(error, driver.PostgresError) and isinstance(code, str):
-        if code in ("40001", "40P01"):
-            return Outrun("l3", f"another transaction was in the way ({code})")
-        if passing := _PASSING.get(code) or _PASSING.get(code[:2]):
-            return TierUnavailable("l3", f"{passing} ({code})")
-        told = str(error.args[0]) if error.args else type(error).__name__  # not `detail`, which quotes the row
-        if told.startswith("invalid input for query argument"):  # of the driver itself, and it quotes the value
-            told = "a value does not fit its column"
-        return (RowRefused if code[:2] in _REFUSED else StoreError)("l3", f"{told} ({code})")
-    if isinstance(error, driver.InterfaceError | driver.InternalClientError):
-        if isinstance(error, ValueError):  # asyncpg's DataError on our side: a value that has no form on the wire
-            return RowRefused("l3", "a value does not fit its column")
-        return TierUnavailable("l3", f"the connection cannot be used ({type(error).__name__})")
-    if isinstance(error, TimeoutError | OSError):
-        return TierUnavailable("l3", f"the server cannot be reached ({type(error).__name__})")
-    if isinstance(error, UnicodeError):
-        return RowRefused("l3", "a text is not valid Unicode")
-    return error
-
-
-def _at_connect(driver: Any, error: Exception) -> BaseException:
-    if isinstance(error, ssl.SSLError):
-        return TierUnavailable("l3", f"no TLS with the server ({error.reason or type(error).__name__})")
-    if isinstance(error, driver.ClientConfigurationError):
-        return ConfigError("sql_url: PostgreSQL's driver does not understand it")
-    meant = _meaning(driver, error)
-    return TierUnavailable("l3", meant.reason) if isinstance(meant, StoreError) else meant

@@ -130,7 +130,7 @@ class SqliteSession:
         """Run one statement; all its rows."""
         self.running += 1
         try:
-            return cast(list[Row], await self._driver.execute_fetchall(*said))
+            return cast(list[Row], await self._driver.execute_fetchall(said.text, said.values))
         except DRIVER_ERRORS as error:
             raise meaning(error) from error
         finally:
@@ -139,7 +139,7 @@ class SqliteSession:
     async def run(self, said: Said) -> int:
         """Run one statement that changes rows; how many it changed."""
         try:
-            return (await self._driver.execute(*said)).rowcount
+            return (await self._driver.execute(said.text, said.values)).rowcount
         except DRIVER_ERRORS as error:
             told = meaning(error)
             if isinstance(told, DiskFull):

@@ -35,6 +35,8 @@ class Said(NamedTuple):
 
     text: str
     values: Sequence[Value | Sequence[Value]] = ()
+    copied: Sequence[Sequence[Value]] = ()
+    """Rows that PostgreSQL is sent first, into a table of the connection's own from which the statement takes them."""
 
 
 class Words(ABC):

@@ -1,0 +1,179 @@
+"""Large batches on PostgreSQL, whose rows are copied: what is refused, who may not, and what a lost table leaves."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from urllib.parse import urlsplit, urlunsplit
+
+import pytest
+
+from sync_engine.item import Op, SyncItem
+from sync_engine.storage.sql import SqlStore
+from sync_engine.storage.sql.connect import database_of
+from sync_engine.storage.sql.dialect import RowRefused
+from sync_engine.storage.sql.postgresql_words import COPIED, COPY_MIN
+from sync_engine.testing.databases import RunningDatabase, ask
+
+MANY = 5 * COPY_MIN
+LARGE = 16_000
+"""Bytes of a content of which some 250 are what one statement takes."""
+
+
+@pytest.fixture
+async def url(postgres_server: RunningDatabase) -> AsyncIterator[str]:
+    url = await postgres_server.database()
+    yield url
+    await postgres_server.drop(url)
+
+
+def put(id_: str, stamp: int, content: bytes = b"x", state: str = "default") -> Op:
+    return Op(kind="put", object_id=id_, stamp=stamp, item=item(id_, stamp, content, state))
+
+
+def item(id_: str, stamp: int, content: bytes = b"x", state: str = "default") -> SyncItem:
+    return SyncItem(id_, content, updated_at=1, stamp=stamp, state=state)
+
+
+async def watch_copies(url: str) -> None:
+    """Have the server note every statement that takes its rows from the temporary table: how many rows they were."""
+    await ask(url, "CREATE TABLE copies (count int8)")
+    await ask(
+        url,
+        "CREATE FUNCTION note() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN "
+        f"IF to_regclass('pg_temp.{COPIED}') IS NOT NULL THEN "
+        f"INSERT INTO copies SELECT count(*) FROM pg_temp.{COPIED}; END IF; RETURN NULL; END $$",
+    )
+    await ask(url, "CREATE TRIGGER note AFTER INSERT ON sync_items FOR EACH STATEMENT EXECUTE FUNCTION note()")
+
+
+async def copies(url: str) -> list[int]:
+    counts = [count for (count,) in await ask(url, "SELECT count FROM copies WHERE count > 0")]
+    await ask(url, "DELETE FROM copies")
+    return counts
+
+
+async def refuse(url: str, state: str) -> None:
+    """Have the server refuse rows of a state, as a trigger of the users' own would."""
+    await ask(url, f"ALTER TABLE sync_items ADD CONSTRAINT never CHECK (state <> '{state}')")
+
+
+async def test_many_rows_are_copied_and_few_are_not(url: str) -> None:
+    store = await SqlStore.connect(url)
+    await watch_copies(url)
+    await store.apply([put(f"a{n}", 1) for n in range(COPY_MIN - 1)])
+    assert await copies(url) == []
+    await store.apply([put(f"a{n}", 2, b"%d" % n) for n in range(MANY)])
+    assert await copies(url) == [MANY]
+    ids = ["a0", f"a{MANY - 1}"]
+    assert await store.get_many(ids) == {id_: item(id_, 2, id_[1:].encode()) for id_ in ids}
+    assert await ask(url, f"SELECT count(*) FROM pg_catalog.pg_class WHERE relname = '{COPIED}'") == [(1,)]
+    await store.close()
+
+
+async def test_each_statement_of_a_transaction_takes_its_own_rows(url: str) -> None:
+    store = await SqlStore.connect(url)
+    await watch_copies(url)
+    ops = [put(f"a{n:04}", n + 1, b"%04d" % n + bytes(LARGE)) for n in range(MANY)]
+    await store.apply(ops)
+    counted = await copies(url)
+    assert len(counted) > 1
+    assert sum(counted) == MANY
+    assert await store.get_many([op.object_id for op in ops]) == {op.object_id: op.item for op in ops}
+    await store.close()
+
+
+async def test_Q1_of_many_rows_the_newer_stamp_stays(url: str) -> None:
+    store = await SqlStore.connect(url)
+    await store.apply([put(f"a{n:03}", 5, b"old") for n in range(0, MANY, 2)])
+    applied = await store.apply([put(f"a{n:03}", 3 + n % 4 * 2, b"new") for n in range(MANY)])
+    assert applied.superseded == {f"a{n:03}" for n in range(0, MANY, 4)}
+    found = await store.get_many([f"a{n:03}" for n in range(MANY)])
+    assert {int(id_[1:]) for id_, kept in found.items() if kept.content == b"old"} == {*range(0, MANY, 4)}
+    assert len(found) == MANY
+    await store.close()
+
+
+async def test_I7_what_is_refused_among_many_stands_alone(url: str) -> None:
+    store = await SqlStore.connect(url)
+    await refuse(url, "bad")
+    bad = {3, MANY // 2, MANY - 1}
+    applied = await store.apply([put(f"a{n:03}", 1, state="bad" if n in bad else "good") for n in range(MANY)])
+    assert set(applied.refused) == {f"a{n:03}" for n in bad}
+    assert await store.count() == MANY - len(bad)
+    await store.close()
+
+
+@pytest.mark.parametrize(
+    ("at", "value"),
+    [(0, "canary\0"), (4, "canary\0"), (0, "canary\ud800"), (1, 2**63), (0, "canary" * 60), (5, "canary")],
+)
+async def test_I7_a_row_that_cannot_be_copied_is_refused_and_not_quoted(url: str, at: int, value: object) -> None:
+    """By the driver in the middle of the copy, or by the server; the connection and the transaction go on."""
+    store = await SqlStore.connect(url)
+    session = await database_of(url, 5000).open()
+    rows = [[f"a{n:03}", 1, 2, "h", None, b"x", None, "s", 0, 0, 1] for n in range(MANY)]
+    await session.begin()
+    await session.attempt(store._words.upsert(rows[:-COPY_MIN]))  # type: ignore[arg-type]  # as row_of makes them
+    bad = [list(row) for row in rows[-COPY_MIN:]]
+    bad[COPY_MIN // 2][at] = value
+    with pytest.raises(RowRefused) as refused:
+        await session.attempt(store._words.upsert(bad))  # type: ignore[arg-type]
+    assert "canary" not in str(refused.value)
+    assert await session.attempt(store._words.upsert(rows[-COPY_MIN:])) == COPY_MIN  # type: ignore[arg-type]
+    await session.commit()
+    assert await store.count() == MANY
+    await session.close()
+    await store.close()
+
+
+async def test_who_may_make_no_temporary_table_writes_without(postgres_server: RunningDatabase, url: str) -> None:
+    await (await SqlStore.connect(url)).close()
+    await watch_copies(url)
+    parts = urlsplit(url)
+    database = parts.path[1:]
+    await ask(url, f'REVOKE TEMPORARY ON DATABASE "{database}" FROM PUBLIC')
+    user = f"{database}_user"
+    await ask(url, f"CREATE ROLE \"{user}\" LOGIN PASSWORD 'secret'")
+    try:
+        await ask(url, f'GRANT ALL ON ALL TABLES IN SCHEMA public TO "{user}"')
+        await ask(url, f'GRANT ALL ON SCHEMA public TO "{user}"')
+        place = f"{user}:secret@{parts.hostname}:{parts.port}"
+        store = await SqlStore.connect(urlunsplit(parts._replace(netloc=place)))
+        ops = [put(f"a{n:03}", 1) for n in range(MANY)]
+        assert not (await store.apply(ops)).refused
+        assert await store.count() == MANY
+        assert await copies(url) == []
+
+        # Granted, and taken away again between the connection's beginning and its first large batch.
+        await ask(url, f'GRANT TEMPORARY ON DATABASE "{database}" TO "{user}"')
+        other = await SqlStore.connect(urlunsplit(parts._replace(netloc=place)))
+        await ask(url, f'REVOKE TEMPORARY ON DATABASE "{database}" FROM "{user}"')
+        newer = [put(f"a{n:03}", 2) for n in range(MANY)]
+        with pytest.raises(Exception, match="may not do this"):
+            await other.apply(newer)
+        assert not (await other.apply(newer)).refused
+        assert await copies(url) == []
+        await other.close()
+        await store.close()
+    finally:
+        await ask(url, f'DROP OWNED BY "{user}"')
+        await ask(url, f'DROP ROLE "{user}"')
+
+
+async def test_a_table_made_in_a_transaction_that_was_undone_is_made_again(url: str) -> None:
+    store = await SqlStore.connect(url)
+    ops = [put(f"a{n:03}", 1) for n in range(MANY)]
+    # The last statement of a transaction notes its newest stamp: it fails with the rows and the table already made.
+    await ask(
+        url,
+        "CREATE FUNCTION fail() RETURNS trigger LANGUAGE plpgsql AS "
+        "$$ BEGIN RAISE EXCEPTION 'no' USING ERRCODE = '53100'; END $$",
+    )
+    await ask(url, "CREATE TRIGGER fail BEFORE INSERT OR UPDATE ON sync_meta EXECUTE FUNCTION fail()")
+    with pytest.raises(Exception, match="out of resources"):
+        await store.apply(ops)
+    assert await store.count() == 0
+    await ask(url, "DROP TRIGGER fail ON sync_meta")
+    assert not (await store.apply(ops)).refused
+    assert await store.count() == MANY
+    await store.close()
