@@ -165,13 +165,10 @@ class PostgresqlSession(NetworkSession):
 
     async def run(self, said: Said, meanwhile: Callable[[], None] = nothing) -> int:
         """Run one statement that changes rows; how many it changed."""
-
-        async def work() -> int:
-            told = await beside(self._connection.execute(said.text, *said.values), meanwhile)
-            status = told.rpartition(" ")[2]
-            return int(status) if status.isdigit() else 0
-
-        return await self._whole(work)
+        if said.copied:
+            await self._make_copied()
+            await self._say(EMPTY_COPIED)
+        return await self._change(said, meanwhile)
 
     async def attempt(self, said: Said, meanwhile: Callable[[], None] = nothing) -> int:
         """The same behind a savepoint: an error would otherwise end the whole transaction."""
@@ -179,9 +176,7 @@ class PostgresqlSession(NetworkSession):
             await self._make_copied()
         await self._say(f"SAVEPOINT here; {EMPTY_COPIED}" if said.copied else "SAVEPOINT here")
         try:
-            if said.copied:
-                await self._copy(said.copied)
-            changed = await self.run(said, meanwhile)
+            changed = await self._change(said, meanwhile)
         except RowRefused:
             await self._say("ROLLBACK TO SAVEPOINT here")
             raise
@@ -205,6 +200,16 @@ class PostgresqlSession(NetworkSession):
     async def _undo(self) -> None:
         self._made_copied = False  # perhaps in the very transaction that is undone
         await self._say("ROLLBACK")
+
+    async def _change(self, said: Said, meanwhile: Callable[[], None]) -> int:
+        async def work() -> int:
+            told = await beside(self._connection.execute(said.text, *said.values), meanwhile)
+            status = told.rpartition(" ")[2]
+            return int(status) if status.isdigit() else 0
+
+        if said.copied:
+            await self._copy(said.copied)
+        return await self._whole(work)
 
     async def _make_copied(self) -> None:
         if not self._made_copied:
