@@ -95,7 +95,15 @@ class Gate:
         self._bands = bands
         self._hurry_ops = ops_max * bands.hurry
         self._hurry_bytes = bytes_max * bands.hurry
-        self._let_in()
+        self._seat()
+
+    def let_in(self, ops: int, volatile_bytes: int = 0) -> bool:
+        """Account for a write if nothing speaks against it; else ``enter`` is to be waited for."""
+        if self._waiting or self.presses or not self._fits(ops, volatile_bytes):
+            return False
+        self.ops += ops
+        self.bytes += volatile_bytes
+        return True
 
     async def enter(self, ops: int, volatile_bytes: int = 0, *, slowed: bool = True) -> None:
         """Account for a write, waiting for room if need be; raises ``Backpressure``.
@@ -125,7 +133,7 @@ class Gate:
             else:
                 if ticket in self._waiting:
                     self._waiting.remove(ticket)
-                self._let_in()
+                self._seat()
             if isinstance(stopped, asyncio.CancelledError):
                 raise
             raise Backpressure(
@@ -168,7 +176,7 @@ class Gate:
         self.ops -= ops
         self.bytes -= volatile_bytes
         if self._waiting:
-            self._let_in()
+            self._seat()
 
     def _fits(self, ops: int, volatile_bytes: int) -> bool:
         if not volatile_bytes:
@@ -178,7 +186,7 @@ class Gate:
             self.bytes == 0 or self.bytes + volatile_bytes <= self._bytes_max * share
         )
 
-    def _let_in(self) -> None:
+    def _seat(self) -> None:
         while self._waiting:
             ops, volatile_bytes, room = self._waiting[0]
             if not room.done():  # done here: cancelled, and about to remove itself

@@ -23,7 +23,7 @@ class Batcher:
 
     def __init__(self, *, flush_count: int, flush_bytes: int, flush_after_ms: int, clock: Clock) -> None:
         self._clock = clock
-        self._queue: deque[tuple[float, Entry]] = deque()
+        self._queue: deque[Entry] = deque()
         self._bytes = 0
         self._taken = 0
         self._put = 0
@@ -44,7 +44,8 @@ class Batcher:
 
     def put(self, entry: Entry) -> None:
         """Queue one entry."""
-        self._queue.append((self._clock.monotonic(), entry))
+        entry.queued_at = self._clock.monotonic()
+        self._queue.append(entry)
         self._bytes += entry.size
         self._put += 1
         if len(self._queue) == 1 or self._full:
@@ -62,7 +63,7 @@ class Batcher:
             if not self._queue:
                 await self._wake.wait()
                 continue
-            wait_s = self._queue[0][0] + self._flush_after_s - self._clock.monotonic()
+            wait_s = self._queue[0].queued_at + self._flush_after_s - self._clock.monotonic()
             if self._full or self._hurry_until > self._taken or wait_s <= 0:
                 return self._cut()
             await self._sleep(wait_s)
@@ -116,7 +117,7 @@ class Batcher:
         # A backlog goes in larger batches: fewer commits, and rows that share a page are written once.
         many = BACKLOG_TIMES if len(self._queue) > self._flush_count or self._bytes > self._flush_bytes else 1
         while self._queue and len(batch) < many * self._flush_count:
-            entry = self._queue[0][1]
+            entry = self._queue[0]
             object_id = entry.op.object_id
             if batch and (size + entry.size > many * self._flush_bytes or object_id in decided):
                 break

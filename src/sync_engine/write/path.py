@@ -62,9 +62,9 @@ class WritePath:
         """
         logged = self._commits.holds(drafts[0])
         volatile_bytes = 0 if logged and ack is not Ack.MEMORY else sum(op.size for op in drafts)
-        if self._gate.presses or not self._gate.has_room(len(drafts), volatile_bytes):
+        if not self._gate.let_in(len(drafts), volatile_bytes):
             self.hurry()  # what gives room back must not itself wait for company
-        await self._gate.enter(len(drafts), volatile_bytes, slowed=drafts[0].kind != "delete")
+            await self._gate.enter(len(drafts), volatile_bytes, slowed=drafts[0].kind != "delete")
         if self._shown.sweeping:
             try:
                 await self.swept({op.object_id for op in drafts if op.kind == "restate"})

@@ -20,7 +20,10 @@ __all__ = ["Entry", "PendingIndex", "overlay"]
 
 
 class Entry(msgspec.Struct, eq=False):
-    """One operation on its way to the tiers."""
+    """One operation on its way to the tiers.
+
+    A hundred thousand may be: each object here that the garbage collector has to visit makes its stops longer.
+    """
 
     op: Op
     logged: Logged | None = None
@@ -35,7 +38,8 @@ class Entry(msgspec.Struct, eq=False):
     settled: bool = False
     error: Exception | None = None
     base: Entry | None = None  # the put or delete that this restate follows, while that is pending too
-    waiters: list[asyncio.Future[None]] = []  # a new list for each, as msgspec does it
+    waiters: list[asyncio.Future[None]] | None = None  # made for the first: few are waited for
+    queued_at: float = 0.0  # when the tier's queue that it stands in took it
 
     def __post_init__(self) -> None:
         self.size = self.op.size
@@ -97,27 +101,29 @@ class Entry(msgspec.Struct, eq=False):
         """Tell everybody who waits that this operation is in every tier, or was refused."""
         self.settled = True
         self.error = error
-        for waiter in self.waiters:
+        waiters, self.waiters = self.waiters, None
+        for waiter in waiters or ():
             if not waiter.done():
                 waiter.set_result(None)
-        self.waiters.clear()
 
     def abandon(self, error: Exception) -> None:
         """Stop the wait without an answer: the operation is still in the log, or lost with this process."""
-        for waiter in self.waiters:
+        waiters, self.waiters = self.waiters, None
+        for waiter in waiters or ():
             if not waiter.done():
                 waiter.set_exception(error)
-        self.waiters.clear()
 
     async def wait_settled(self) -> None:
         """Return when settled; raise what refused it."""
         if not self.settled:
             waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            if self.waiters is None:
+                self.waiters = []
             self.waiters.append(waiter)
             try:
                 await waiter
             finally:
-                if waiter in self.waiters:
+                if self.waiters is not None and waiter in self.waiters:
                     self.waiters.remove(waiter)
         if self.error is not None:
             raise self.error
