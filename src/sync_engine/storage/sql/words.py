@@ -11,7 +11,8 @@ into a text. Times are epoch milliseconds.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from string import Template
 from typing import ClassVar, Final, NamedTuple, TypeVar
 
@@ -57,13 +58,17 @@ class Words(ABC):
     note: ClassVar[str] = titles.NOTE
     changed_rows: ClassVar[str] = titles.CHANGED_ROWS
     changed_deletes: ClassVar[str] = titles.CHANGED_DELETES
-    dirty_ranges: ClassVar[Mapping[tuple[bool, bool], str]] = titles.DIRTY_RANGES
-    dirty_sums: ClassVar[Mapping[tuple[bool, bool], str]] = titles.DIRTY_SUMS
-    dirty_hint: ClassVar[str] = ""
-    """Which index finds dirty rows, where the database has to be told."""
+    dirty: ClassVar[str] = "merkle_dirty = 1"
+    """Whether a row is dirty, as the index of the flag can answer it."""
+    dirty_along: ClassVar[str] = "merkle_dirty + 0 = 1"
+    """The same for pages in order of ids: said so that only an index which has that order is of use."""
     dirty_order: ClassVar[str] = "id"
+    dirty_hint: ClassVar[str] = ""
+    """Which index has pages and counts of dirty rows, where the database has to be told."""
+    flag_hint: ClassVar[str] = ""
+    """The same of the flags alone."""
     dirty_in_order: ClassVar[bool] = False
-    """Whether that index has them in order of ids, so that a page costs the same however many clean rows there are."""
+    """Whether the index of the flag has ids in order: then a page costs the same however many clean rows there are."""
     for_update: ClassVar[str] = " FOR UPDATE"
     """Rows that are read stay as they are until the transaction ends, whoever writes."""
     before_writing: ClassVar[Said] = Said(titles.BEFORE_WRITING)
@@ -147,8 +152,7 @@ class Words(ABC):
 
     @property
     def newest_stamps(self) -> Said:
-        each = [*self._each(titles.NEWEST_STAMP), titles.NEWEST_BURIED]
-        return Said(" UNION ALL ".join(each))
+        return Said(self._once(titles.NEWEST_STAMP, self._newest))
 
     def meta(self, name: str) -> Said:
         return Said(self._once(titles.READ_META, self._text), (name,))
@@ -191,17 +195,20 @@ class Words(ABC):
     def count_range(self, shape: tuple[bool, bool], bounds: Sequence[str]) -> Said:
         return Said(self._ranged(titles.COUNT_RANGE, self._sum, shape), tuple(bounds) * self._many)
 
-    def dirty(self, shape: tuple[bool, bool], bounds: Sequence[str], limit: int) -> Said:
-        return self._paged(self._ranged(titles.DIRTY, self._page, shape, self.dirty_ranges), bounds, limit)
-
     def ids_dirty(self, shape: tuple[bool, bool], bounds: Sequence[str], limit: int) -> Said:
-        return self._paged(self._ranged(titles.IDS_DIRTY, self._page, shape, self.dirty_ranges), bounds, limit)
+        return self._paged(self._ranged(titles.IDS_DIRTY, self._page, shape), bounds, limit)
+
+    def ids_sorted(self, shape: tuple[bool, bool], bounds: Sequence[str], limit: int, most: int) -> Said:
+        """The same page from the flags, of which there should be less than ``most``: see ``titles.SORTED``."""
+        text = self._ranged(titles.FLAGGED, partial(self._of_some, titles.SORTED), shape)
+        return Said(text, (*self._some(bounds, most), limit))
+
+    def flags_set(self, most: int) -> Said:
+        """How many rows are dirty, if they are less than ``most``."""
+        return Said(self._once(titles.FLAGS_SET, partial(self._of_some, titles.COUNT_OF)), self._some((), most))
 
     def count_dirty(self, shape: tuple[bool, bool], bounds: Sequence[str]) -> Said:
-        return Said(self._ranged(titles.COUNT_DIRTY, self._sum, shape, self.dirty_sums), tuple(bounds) * self._many)
-
-    def any_dirty(self, most: int) -> Said:
-        return self._paged(self._once(titles.ANY_DIRTY, self._page), (), most)
+        return Said(self._ranged(titles.COUNT_DIRTY, self._sum, shape), tuple(bounds) * self._many)
 
     def weighed(self, shape: tuple[bool, bool], bounds: Sequence[str], limit: int) -> Said:
         return self._paged(self._ranged(titles.WEIGHED, self._page, shape), bounds, limit)
@@ -242,8 +249,11 @@ class Words(ABC):
             Template(title).substitute(
                 items=table,
                 index=index_name(table, "stamp"),
-                hint=self.dirty_hint.replace("$index", index_name(table, "merkle_dirty")),
-                order=self.dirty_order,
+                dirty=self.dirty,
+                dirty_along=self.dirty_along,
+                dirty_order=self.dirty_order,
+                dirty_hint=self.dirty_hint.replace("$index", index_name(table, "merkle_dirty")),
+                flag_hint=self.flag_hint.replace("$index", index_name(table, "merkle_dirty")),
                 columns=self.columns,
                 **parts,
             )
@@ -252,28 +262,35 @@ class Words(ABC):
 
     def _page(self, title: str, **parts: str) -> str:
         """A page of each table, merged by id; the one of a single table is said as it is."""
-        each = self._each(title, **parts)
-        if len(each) == 1:
-            return self._marked(each[0])
-        merged = " UNION ALL ".join(f"SELECT * FROM ({text}) AS page{at}" for at, text in enumerate(each))  # noqa: S608
-        return self._marked(f"{merged} ORDER BY 1 LIMIT ?")
+        return self._marked(self._merged(title, " ORDER BY 1", **parts))
 
     def _paged(self, text: str, values: Sequence[Value], limit: int) -> Said:
-        own = (*values, limit)
-        return Said(text, own if self._many == 1 else (*own * self._many, limit))
+        return Said(text, self._some(values, limit))
+
+    def _of_some(self, of: str, title: str, **parts: str) -> str:
+        """A text about some rows of all tables, in whatever order: the first tables may have enough."""
+        return self._marked(Template(of).substitute(found=self._merged(title, "", **parts)))
+
+    def _merged(self, title: str, order: str, **parts: str) -> str:
+        each = self._each(title, **parts)
+        if len(each) == 1:
+            return each[0]
+        merged = " UNION ALL ".join(f"SELECT * FROM ({text}) AS page{at}" for at, text in enumerate(each))  # noqa: S608
+        return f"{merged}{order} LIMIT ?"
+
+    def _some(self, values: Sequence[Value], most: int) -> tuple[Value, ...]:
+        own = (*values, most)
+        return own if self._many == 1 else (*own * self._many, most)
 
     def _sum(self, title: str, **parts: str) -> str:
         each = self._each(title, **parts)
         return self._marked(each[0] if len(each) == 1 else f"SELECT {' + '.join(f'({text})' for text in each)}")
 
-    def _ranged(
-        self,
-        title: str,
-        build: Callable[..., str],
-        shape: tuple[bool, bool],
-        ranges: Mapping[tuple[bool, bool], str] = titles.RANGES,
-    ) -> str:
-        return self._once(title, lambda title: build(title, range=ranges[shape]), shape)
+    def _ranged(self, title: str, build: Callable[..., str], shape: tuple[bool, bool]) -> str:
+        return self._once(title, lambda title: build(title, range=titles.RANGES[shape]), shape)
+
+    def _newest(self, title: str) -> str:
+        return self._marked(" UNION ALL ".join([*self._each(title), titles.NEWEST_BURIED]))
 
     def _changed(self, title: str) -> str:
         return self._marked(" UNION ALL ".join([*self._each(title), self.changed_deletes]) + titles.CHANGED_ORDER)
