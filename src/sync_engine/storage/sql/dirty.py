@@ -61,7 +61,7 @@ async def dirty_rows(
         ids = list(dict.fromkeys(found))
         for start in range(0, len(ids), PAGE_ROWS):
             some = ids[start : start + PAGE_ROWS]
-            held = {row[0]: row for row in await questions.of_rows(Words.fetch, some)}  # where it belongs is asked last
+            held = {row[0]: row for row in await questions.of_rows(Words.fetch, some)}
             for id_ in some:
                 if id_ in held:  # or it was deleted meanwhile
                     yield item_of(held[id_])
@@ -162,12 +162,9 @@ async def call_clean(session: Session, router: Router, processed: Iterable[SyncI
     routes = await learn_if_new(session, router, int(version))
     if routes.moving:
         await bring(session, router, routes, ids)
-    by_home: dict[str, list[str]] = {}
-    for id_ in ids:
-        by_home.setdefault(routes.home_of(id_), []).append(id_)
     cleaned = 0
-    for home in sorted(by_home):
-        words, some = router.words(home), by_home[home]
+    for home, some in routes.by_home(ids).items():
+        words = router.words(home)
         for start in range(0, len(some), words.ids_max):
             cleaned += await _clean(session, words, some[start : start + words.ids_max], facts)
     return cleaned

@@ -299,7 +299,7 @@ class SqlStore:
         """Ids of dirty rows that start with the prefix, ascending by code point, those greater than ``after``.
 
         A row is dirty from any write that changed its content or version until ``mark_clean``. Go on with ``after``:
-        more than 1,000 dirty rows are found by passing the clean ones between them (docs/limits.md).
+        more than 20,000 dirty rows are found by passing the clean ones between them (docs/limits.md).
         """
         check_text("prefix", prefix)
         after = check_text("after", after or "")
@@ -326,7 +326,7 @@ class SqlStore:
     async def list_dirty_prefixes(self, limit: int = 1000, *, after: str | None = None) -> list[str]:
         """What dirty ids have before their first dot, or are where they have none: each once, ascending, > ``after``.
 
-        Costs a short statement per prefix, or per hundred of them; over 1,000 dirty rows are found past the clean ones.
+        Over 20,000 dirty rows cost a short statement per prefix, or per hundred of them, past the clean ones.
         """
         after = None if after is None else check_text("after", after)
         return await dirty_prefixes(self._questions, self._router, check_limit(limit), after)
