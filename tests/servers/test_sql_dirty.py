@@ -17,6 +17,7 @@ from sync_engine.item import Op, SyncItem
 from sync_engine.storage.sql import SqlStore, Verification, dirty
 from sync_engine.storage.sql.routing import Routes
 from sync_engine.storage.sql.words import Said
+from sync_engine.testing.contract import put
 from sync_engine.testing.databases import ask
 
 
@@ -38,10 +39,6 @@ def either_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     """Dirty rows are found by their flag and sorted, or, as if there were too many, along the ids."""
     if request.param != "sorted":
         monkeypatch.setattr(dirty, "SORTED_MAX", -1)
-
-
-def put(id_: str, stamp: int, content: bytes = b"x", **fields: Any) -> Op:
-    return Op(kind="put", object_id=id_, stamp=stamp, item=SyncItem(id_, content, stamp=stamp, **fields))
 
 
 async def all_clean(store: SqlStore) -> None:
@@ -417,8 +414,8 @@ async def test_Q8_a_batch_is_verified_by_what_the_rows_hold_and_not_by_their_bei
         SyncItem("newer", b"y", stamp=5),
         SyncItem("same", b"y", stamp=5),  # a newer stamp of the very same
         SyncItem("content", b"y", stamp=6),
-        SyncItem("state", b"x", state="other", stamp=5),
-        SyncItem("version", b"x", version=2, stamp=5),
+        SyncItem("state", b"{}", state="other", stamp=5),
+        SyncItem("version", b"{}", version=2, stamp=5),
         SyncItem("unordered", b"y"),
         SyncItem("tie", smaller, stamp=5),
         SyncItem("tie2", larger, stamp=5),
@@ -469,7 +466,7 @@ ASKED: dict[str, Callable[[SqlStore], Awaitable[Any]]] = {
     "get_dirty": lambda store: store.get_dirty(),
     "count_dirty": lambda store: store.count_dirty("u"),
     "list_dirty_prefixes": lambda store: store.list_dirty_prefixes(),
-    "verify_batch": lambda store: store.verify_batch([SyncItem("user.1", b"x"), SyncItem("user.9", b"x")]),
+    "verify_batch": lambda store: store.verify_batch([SyncItem("user.1", b"{}"), SyncItem("user.9", b"{}")]),
 }
 
 

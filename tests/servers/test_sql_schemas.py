@@ -19,6 +19,7 @@ from sync_engine.errors import InvalidItem, StoreError, TierUnavailable
 from sync_engine.item import Op, SyncItem
 from sync_engine.storage.sql import SqlStore, apply
 from sync_engine.storage.sql.words import Said
+from sync_engine.testing.contract import put
 from sync_engine.testing.databases import ask
 
 
@@ -34,10 +35,6 @@ async def stores(sql_url: str, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator
 @pytest.fixture
 def store(stores: list[SqlStore]) -> SqlStore:
     return stores[0]
-
-
-def put(id_: str, stamp: int, content: bytes = b"x", **fields: Any) -> Op:
-    return Op(kind="put", object_id=id_, stamp=stamp, item=SyncItem(id_, content, stamp=stamp, **fields))
 
 
 def delete(id_: str, stamp: int) -> Op:

@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 
 from sync_engine.errors import ConfigError, StoreError
-from sync_engine.item import Op, SyncItem
+from sync_engine.item import SyncItem
 from sync_engine.storage.sql import SqlStore, tables
 from sync_engine.storage.sql.sqlite import SETTINGS
 from sync_engine.storage.sql.sqlite_words import SqliteWords
 from sync_engine.storage.sql.titles import RANGES
 from sync_engine.storage.sql.words import Said
+from sync_engine.testing.contract import put
 
 
 @pytest.fixture
@@ -27,10 +28,6 @@ async def store(path: Path) -> AsyncIterator[SqlStore]:
     store = await SqlStore.connect(f"sqlite:///{path}", timeout_ms=200)
     yield store
     await store.close()
-
-
-def put(id_: str, stamp: int, content: bytes = b"x") -> Op:
-    return Op(kind="put", object_id=id_, stamp=stamp, item=SyncItem(id_, content, stamp=stamp))
 
 
 def sql(path: Path, statement: str, *values: object) -> list[tuple[object, ...]]:
