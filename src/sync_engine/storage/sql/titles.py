@@ -1,4 +1,4 @@
-"""The texts of the statements, each with a title and its reason; words.py puts names and values into them."""
+"""The texts of the statements, each with a title and its reason; texts.py puts names into them."""
 
 from __future__ import annotations
 
