@@ -10,7 +10,7 @@ import pytest
 
 from sync_engine.errors import ConfigError, StoreError
 from sync_engine.item import SyncItem
-from sync_engine.storage.sql import SqlStore, tables
+from sync_engine.storage.sql import SqlStore, dirty, tables
 from sync_engine.storage.sql.sqlite import SETTINGS
 from sync_engine.storage.sql.sqlite_words import SqliteWords
 from sync_engine.storage.sql.titles import RANGES
@@ -136,3 +136,18 @@ async def test_text_that_is_not_utf8_spoils_one_row_and_no_scan(store: SqlStore,
     fetched = await store.fetch(["a", "b"])
     assert set(fetched.items) == {"b"}
     assert set(fetched.corrupt) == {"a"}
+
+
+@pytest.mark.parametrize("most", [20_000, -1], ids=["sorted", "along the ids"])
+async def test_an_id_that_is_no_text_ends_no_listing_of_dirty_rows(
+    store: SqlStore, path: Path, monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    """SQLite keeps whatever others wrote, and has all bytes behind all texts."""
+    monkeypatch.setattr(dirty, "SORTED_MAX", most)
+    await store.put_batch([SyncItem(f"{letter}.1", b"x") for letter in "abc"])
+    sql(path, "INSERT INTO sync_items (id, timestamp, payload) VALUES (?, 1, '1')", b"blob")
+    ids = ["a.1", "b.1", "c.1"]
+    assert await store.list_dirty_ids() == await store.list_dirty_ids(4) == ids
+    assert [found.object_id for found in await store.get_dirty(4)] == ids
+    assert [found.object_id async for found in store.iter_dirty()] == ids
+    assert await store.list_dirty_prefixes() == ["a", "b", "c"]

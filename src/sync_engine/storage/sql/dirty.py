@@ -52,7 +52,8 @@ async def dirty_rows(
 ) -> AsyncIterator[SyncItem | Corruption]:
     """``SqlStore.iter_dirty``, for checked arguments: what each dirty row is.
 
-    Ids come first, so that of an id in two tables the row is read that every other question reads.
+    Ids come first, so that of an id in two tables the row is read that every other question reads. One that is called
+    clean between its id and its row is told all the same.
     """
     left = limit
     while left is None or left > 0:
