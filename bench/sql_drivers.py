@@ -6,7 +6,8 @@ from typing import Any
 
 from bench.data import batches, places
 from bench.harness import Answer, Stage, compared
-from bench.sql_writes import COLUMNS, NAMES, TYPES, CopyMerge, Driven, MariaMany, MultiRow, Unnest, mariadb, postgresql
+from bench.sql_writes import NAMES, TYPES, CopyMerge, Driven, MariaMany, MultiRow, Unnest, mariadb, postgresql
+from bench.upserts import insert_or_update, told, unnest
 
 __all__ = ["ask"]
 
@@ -98,13 +99,11 @@ class PsycopgUnnest(Driven):
         )
 
     async def run(self) -> None:
-        taken = ", ".join(f"{name} = excluded.{name}" for name in NAMES[1:])
-        arrays = ", ".join(f"%b::{kind}[]" for kind in TYPES)
+        said = insert_or_update(NAMES, unnest(TYPES, lambda _: "%b"))
         async with self._connection.transaction():
             for chunk in batches(self._rows, self.chunk):
                 await self._connection.execute(
-                    f"INSERT INTO sync_items ({COLUMNS}) SELECT * FROM unnest({arrays}) "
-                    f"ON CONFLICT (id) DO UPDATE SET {taken}",
+                    said,
                     [list(column) for column in zip(*chunk, strict=True)],
                     prepare=True,
                 )
@@ -120,13 +119,10 @@ class PsycopgCopyMerge(PsycopgUnnest):
     title = "psycopg, binary COPY and merge"
 
     async def run(self) -> None:
-        taken = ", ".join(f"{name} = excluded.{name}" for name in NAMES[1:])
         async with self._connection.transaction(), self._connection.cursor() as cursor:
             await cursor.execute("CREATE TEMP TABLE told (LIKE sync_items INCLUDING DEFAULTS) ON COMMIT DROP")
-            async with cursor.copy(f"COPY told ({COLUMNS}) FROM STDIN (FORMAT BINARY)") as copy:
+            async with cursor.copy(f"COPY told ({', '.join(NAMES)}) FROM STDIN (FORMAT BINARY)") as copy:
                 copy.set_types(TYPES)
                 for row in self._rows:
                     await copy.write_row(row)
-            await cursor.execute(
-                f"INSERT INTO sync_items ({COLUMNS}) SELECT {COLUMNS} FROM told ON CONFLICT (id) DO UPDATE SET {taken}"
-            )
+            await cursor.execute(insert_or_update(NAMES, told(NAMES)))

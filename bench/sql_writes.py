@@ -11,12 +11,12 @@ from typing import Any
 
 from bench.data import SETTINGS, Place, batches, fresh, places
 from bench.harness import Answer, Contender, Stage, Target, check, compared
+from bench.upserts import insert_or_update, insert_or_update_mysql, told, unnest, values
 from sync_engine.storage.sql import SqlStore
 from sync_engine.storage.sql.rows import row_of
 from sync_engine.testing.databases import RunningDatabase, RunningMariaDB, RunningPostgres, ask
 
 __all__ = [
-    "COLUMNS",
     "NAMES",
     "TYPES",
     "CopyMerge",
@@ -32,10 +32,10 @@ __all__ = [
 ITEMS = 20_000
 CHUNK = 1_000
 
-COLUMNS = (
-    "id, version, timestamp, payload_hash, payload, payload_blob, audit, state, access_count, last_accessed, stamp"
-)
-NAMES = COLUMNS.split(", ")
+NAMES = (
+    "id", "version", "timestamp", "payload_hash", "payload", "payload_blob", "audit", "state", "access_count",
+    "last_accessed", "stamp",
+)  # fmt: skip
 TYPES = ["text", "int8", "int8", "text", "text", "bytea", "text", "text", "int8", "int8", "int8"]
 
 
@@ -126,12 +126,8 @@ class ExecuteMany(Upsert):
         return connection
 
     def _write(self) -> None:
-        taken = ", ".join(f"{name} = excluded.{name}" for name in NAMES[1:])
-        marks = ", ".join("?" * len(NAMES))
         self._connection.execute("BEGIN IMMEDIATE")
-        self._connection.executemany(
-            f"INSERT INTO sync_items ({COLUMNS}) VALUES ({marks}) ON CONFLICT (id) DO UPDATE SET {taken}", self._rows
-        )
+        self._connection.executemany(insert_or_update(NAMES, values(NAMES, "?")), self._rows)
         self._connection.execute("COMMIT")
 
     async def verify(self) -> None:
@@ -166,14 +162,11 @@ class MultiRow(Driven):
         return await asyncmy.connect(**asked, charset="utf8mb4", autocommit=True)
 
     async def run(self) -> None:
-        taken = ", ".join(f"{name} = VALUES({name})" for name in NAMES[1:])
-        row = f"({', '.join(['%s'] * len(NAMES))})"
         await self._connection.begin()
         async with self._connection.cursor() as cursor:
             for chunk in batches(self._rows, self.chunk):
-                rows = ", ".join([row] * len(chunk))
                 await cursor.execute(
-                    f"INSERT INTO sync_items ({COLUMNS}) VALUES {rows} ON DUPLICATE KEY UPDATE {taken}",
+                    insert_or_update_mysql(NAMES, values(NAMES, "%s", len(chunk))),
                     [value for row in chunk for value in row],
                 )
         await self._connection.commit()
@@ -189,13 +182,9 @@ class MariaMany(MultiRow):
     title = "asyncmy, executemany"
 
     async def run(self) -> None:
-        taken = ", ".join(f"{name} = VALUES({name})" for name in NAMES[1:])
-        row = f"({', '.join(['%s'] * len(NAMES))})"
         await self._connection.begin()
         async with self._connection.cursor() as cursor:
-            await cursor.executemany(
-                f"INSERT INTO sync_items ({COLUMNS}) VALUES {row} ON DUPLICATE KEY UPDATE {taken}", self._rows
-            )
+            await cursor.executemany(insert_or_update_mysql(NAMES, values(NAMES, "%s")), self._rows)
         await self._connection.commit()
 
 
@@ -211,15 +200,10 @@ class Unnest(Driven):
         return await asyncpg.connect(**asked)
 
     async def run(self) -> None:
-        taken = ", ".join(f"{name} = excluded.{name}" for name in NAMES[1:])
-        arrays = ", ".join(f"${number}::{kind}[]" for number, kind in enumerate(TYPES, 1))
+        said = insert_or_update(NAMES, unnest(TYPES, "${}".format))
         async with self._connection.transaction():
             for chunk in batches(self._rows, self.chunk):
-                await self._connection.execute(
-                    f"INSERT INTO sync_items ({COLUMNS}) SELECT * FROM unnest({arrays}) "
-                    f"ON CONFLICT (id) DO UPDATE SET {taken}",
-                    *zip(*chunk, strict=True),
-                )
+                await self._connection.execute(said, *zip(*chunk, strict=True))
 
     async def verify(self) -> None:
         await self._connection.close()
@@ -232,13 +216,10 @@ class CopyMerge(Unnest):
     title = "asyncpg, COPY and merge"
 
     async def run(self) -> None:
-        taken = ", ".join(f"{name} = excluded.{name}" for name in NAMES[1:])
         async with self._connection.transaction():
             await self._connection.execute("CREATE TEMP TABLE told (LIKE sync_items INCLUDING DEFAULTS) ON COMMIT DROP")
             await self._connection.copy_records_to_table("told", records=self._rows, columns=NAMES)
-            await self._connection.execute(
-                f"INSERT INTO sync_items ({COLUMNS}) SELECT {COLUMNS} FROM told ON CONFLICT (id) DO UPDATE SET {taken}"
-            )
+            await self._connection.execute(insert_or_update(NAMES, told(NAMES)))
 
 
 Opened = tuple[str, Sequence[int]]

@@ -17,6 +17,7 @@ import aiosqlite
 
 from bench.data import SETTINGS, Place, made_table, table_is
 from bench.harness import Stage
+from bench.upserts import insert_or_update, insert_or_update_mysql, told, unnest, values
 from sync_engine import SyncItem
 from sync_engine.storage.sql import SqlStore
 from sync_engine.testing.databases import RunningDatabase, RunningMariaDB, RunningPostgres, ask
@@ -106,12 +107,7 @@ class ExecuteMany(Hand):
             await self._connection.execute(setting)
 
     async def upsert(self, items: Sequence[SyncItem]) -> None:
-        taken = ", ".join(f"{name} = excluded.{name}" for name in COLUMNS[1:])
-        await self._connection.executemany(
-            f"INSERT INTO sync_items ({', '.join(COLUMNS)}) VALUES ({', '.join('?' * len(COLUMNS))}) "
-            f"ON CONFLICT (id) DO UPDATE SET {taken}",
-            rows_of(items),
-        )
+        await self._connection.executemany(insert_or_update(COLUMNS, values(COLUMNS, "?")), rows_of(items))
         await self._connection.commit()
 
 
@@ -174,9 +170,9 @@ class Server(Truth):
     async def asked(self) -> dict[str, Any]:
         """How the driver is told where the server is."""
         store = await SqlStore.connect(self.url)
-        told: dict[str, Any] = store._database._asked  # type: ignore[attr-defined]  # of a server
+        asked: dict[str, Any] = store._database._asked  # type: ignore[attr-defined]  # of a server
         await store.close()
-        return told
+        return asked
 
 
 class ServerHand(Hand):
@@ -202,9 +198,9 @@ class ValuesOfMany(ServerHand):
         return await asyncmy.connect(**asked, charset="utf8mb4", autocommit=True)
 
     async def upsert(self, items: Sequence[SyncItem]) -> None:
-        rows = ", ".join([f"({', '.join(['%s'] * len(COLUMNS))})"] * len(items))
+        said = insert_or_update_mysql(COLUMNS, values(COLUMNS, "%s", len(items)))
         async with self._connection.cursor() as cursor:
-            await cursor.execute(_upsert_of(rows), [value for row in rows_of(items) for value in row])
+            await cursor.execute(said, [value for row in rows_of(items) for value in row])
 
     async def close(self) -> None:
         await self._connection.ensure_closed()
@@ -218,7 +214,7 @@ class MariaMany(ValuesOfMany):
     async def upsert(self, items: Sequence[SyncItem]) -> None:
         await self._connection.begin()
         async with self._connection.cursor() as cursor:
-            await cursor.executemany(_upsert_of(f"({', '.join(['%s'] * len(COLUMNS))})"), rows_of(items))
+            await cursor.executemany(insert_or_update_mysql(COLUMNS, values(COLUMNS, "%s")), rows_of(items))
         await self._connection.commit()
 
 
@@ -233,13 +229,8 @@ class Unnest(ServerHand):
         return await asyncpg.connect(**asked)
 
     async def upsert(self, items: Sequence[SyncItem]) -> None:
-        arrays = ", ".join(f"${number}::{kind}[]" for number, kind in enumerate(TYPES, 1))
-        taken = ", ".join(f"{name} = excluded.{name}" for name in COLUMNS[1:])
-        await self._connection.execute(
-            f"INSERT INTO sync_items ({', '.join(COLUMNS)}) SELECT * FROM unnest({arrays}) "
-            f"ON CONFLICT (id) DO UPDATE SET {taken}",
-            *zip(*rows_of(items), strict=True),
-        )
+        said = insert_or_update(COLUMNS, unnest(TYPES, "${}".format))
+        await self._connection.execute(said, *zip(*rows_of(items), strict=True))
 
 
 class CopyMerge(Unnest):
@@ -248,14 +239,10 @@ class CopyMerge(Unnest):
     title = "asyncpg, COPY and merge"
 
     async def upsert(self, items: Sequence[SyncItem]) -> None:
-        names = ", ".join(COLUMNS)
-        taken = ", ".join(f"{name} = excluded.{name}" for name in COLUMNS[1:])
         async with self._connection.transaction():
             await self._connection.execute("CREATE TEMP TABLE told (LIKE sync_items INCLUDING DEFAULTS) ON COMMIT DROP")
             await self._connection.copy_records_to_table("told", records=rows_of(items), columns=COLUMNS)
-            await self._connection.execute(
-                f"INSERT INTO sync_items ({names}) SELECT {names} FROM told ON CONFLICT (id) DO UPDATE SET {taken}"
-            )
+            await self._connection.execute(insert_or_update(COLUMNS, told(COLUMNS)))
 
 
 class MariaDB(Server):
@@ -287,11 +274,6 @@ async def made(stage: Stage, kind: type[Truth]) -> Truth:
         assert issubclass(kind, Server)
         held = stage.shared[kind.what] = kind(server, await server.database())
     return held
-
-
-def _upsert_of(rows: str) -> str:
-    taken = ", ".join(f"{name} = VALUES({name})" for name in COLUMNS[1:])
-    return f"INSERT INTO sync_items ({', '.join(COLUMNS)}) VALUES {rows} ON DUPLICATE KEY UPDATE {taken}"
 
 
 def _text(value: str | bytes | bytearray) -> str:

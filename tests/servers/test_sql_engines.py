@@ -22,6 +22,7 @@ from sync_engine.storage.sql.connect import database_of
 from sync_engine.storage.sql.dialect import BUCKETS, Session
 from sync_engine.storage.sql.rows import row_of
 from sync_engine.storage.sql.words import Said
+from sync_engine.testing.contract import put
 from sync_engine.testing.databases import RunningMariaDB, ask
 
 
@@ -34,10 +35,6 @@ async def stores(
     yield stores
     for store in stores:
         await store.close()
-
-
-def put(id_: str, stamp: int, content: bytes, **fields: Any) -> Op:
-    return Op(kind="put", object_id=id_, stamp=stamp, item=SyncItem(id_, content, stamp=stamp, **fields))
 
 
 async def test_I1_stores_that_write_the_same_ids_at_once_end_with_the_newest_of_each(stores: list[SqlStore]) -> None:

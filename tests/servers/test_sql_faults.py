@@ -19,6 +19,7 @@ from sync_engine.storage.sql import SqlStore, apply
 from sync_engine.storage.sql.buckets import bucket_of
 from sync_engine.storage.sql.dialect import BUCKETS
 from sync_engine.storage.sql.words import Said
+from sync_engine.testing.contract import put
 from sync_engine.testing.databases import ask
 from sync_engine.testing.fixtures import DATABASES
 
@@ -49,10 +50,6 @@ async def in_file(path: Path) -> AsyncIterator[SqlStore]:
     store = await SqlStore.connect(f"sqlite:///{path}", timeout_ms=50)
     yield store
     await store.close()
-
-
-def put(id_: str, stamp: int, content: bytes = b"x") -> Op:
-    return Op(kind="put", object_id=id_, stamp=stamp, item=SyncItem(id_, content, stamp=stamp))
 
 
 async def trigger(url: str, event: str, action: str = "ABORT") -> None:

@@ -13,15 +13,12 @@ import pytest
 
 from sync_engine.errors import StoreError
 from sync_engine.item import Op, SyncItem
-from sync_engine.storage.sql import SqlStore
+from sync_engine.storage.sql import SqlStore, migrate
+from sync_engine.testing.contract import put
 from sync_engine.testing.databases import RunningMariaDB, ask
 
 CONTENT = b'{"role": "admin", "name": "Alice", "score": 1.50}'
 HASH = "16abbfef8b4d7f5f93fab4b33fadf0634d8f80ade5661408f4edf007dac44dbf"
-
-
-def put(id_: str, stamp: int, content: bytes = b"x") -> Op:
-    return Op(kind="put", object_id=id_, stamp=stamp, item=SyncItem(id_, content, stamp=stamp))
 
 
 def create(url: str, columns: int) -> str:
@@ -265,7 +262,7 @@ async def test_a_table_that_cannot_be_adopted_is_named_and_left_alone(sql_url: s
 
 CONNECTS = """
 import asyncio, sys
-from sync_engine.storage.sql import SqlStore
+from sync_engine.storage.sql import SqlStore, migrate
 
 async def main(url):
     stores = await asyncio.gather(*[SqlStore.connect(url, timeout_ms=60000) for _ in range(5)])
@@ -316,3 +313,28 @@ async def test_indexes_of_an_applications_own_tables_are_not_taken_for_ours(sql_
     told = await ask(sql_url, "SHOW INDEX FROM sync_items")
     assert {row[2] for row in told} == {"PRIMARY", "idx_timestamp", "idx_merkle_dirty", "idx_state", "idx_stamp"}
     await store.close()
+
+
+async def test_a_migration_takes_tables_in_the_order_in_which_questions_name_them(
+    sql_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PostgreSQL locks those of a statement in the order of its text: from the other end would be a deadlock."""
+    store = await SqlStore.connect(sql_url)
+    for name in ("zs", "as"):
+        await store.register_schema(name, [name])
+    routes = store._router.routes
+    asked = store._router.every(routes).changed(1, "", 10).text
+    await store.close()
+    await ask(sql_url, "UPDATE sync_meta SET value = 0 WHERE name = 'schema_version'")
+    made: list[str] = []
+    make_table = migrate._make_table
+
+    async def noted(database: Any, session: Any, table: Any, names: set[str]) -> None:
+        made.append(table.name)
+        await make_table(database, session, table, names)
+
+    monkeypatch.setattr(migrate, "_make_table", noted)
+    await (await SqlStore.connect(sql_url)).close()
+    named = [name for name in made if name in asked]
+    assert named == sorted(named, key=asked.index) == [*routes.tables, "sync_tombstones"]
+    assert [name for name in made if name in routes.tables] == list(routes.tables)

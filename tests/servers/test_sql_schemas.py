@@ -19,6 +19,7 @@ from sync_engine.errors import InvalidItem, StoreError, TierUnavailable
 from sync_engine.item import Op, SyncItem
 from sync_engine.storage.sql import SqlStore, apply
 from sync_engine.storage.sql.words import Said
+from sync_engine.testing.contract import put
 from sync_engine.testing.databases import ask
 
 
@@ -34,10 +35,6 @@ async def stores(sql_url: str, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator
 @pytest.fixture
 def store(stores: list[SqlStore]) -> SqlStore:
     return stores[0]
-
-
-def put(id_: str, stamp: int, content: bytes = b"x", **fields: Any) -> Op:
-    return Op(kind="put", object_id=id_, stamp=stamp, item=SyncItem(id_, content, stamp=stamp, **fields))
 
 
 def delete(id_: str, stamp: int) -> Op:
@@ -430,7 +427,7 @@ async def test_a_store_that_is_closed_in_the_middle_goes_on_at_the_next_start(sq
     assert 0 < len(await ids_in(sql_url, "one")) < 500
     assert await routes(sql_url) == [("a", "one_items", 1)]
     store = await SqlStore.connect(sql_url)
-    await asyncio.gather(*store._tasks)
+    await asyncio.gather(*store._writing.tasks)
     assert await routes(sql_url) == [("a", "one_items", 0)]
     assert (len(await ids_in(sql_url, "one")), await ids_in(sql_url, "sync")) == (500, [])
     await store.close()
@@ -444,7 +441,7 @@ async def test_who_gives_up_waiting_leaves_the_move_to_finish(sql_url: str) -> N
     await clock.moved.wait()
     registering.cancel()
     clock.on.set()
-    await asyncio.gather(*store._tasks)
+    await asyncio.gather(*store._writing.tasks)
     assert await routes(sql_url) == [("a", "one_items", 0)]
     await store.close()
 

@@ -15,6 +15,7 @@ from sync_engine.item import Op, SyncItem
 from sync_engine.storage.sql import SqlStore
 from sync_engine.storage.sql.connect import database_of
 from sync_engine.storage.sql.words import Said
+from sync_engine.testing.contract import put
 from sync_engine.testing.databases import PASSWORD, RunningDatabase, RunningMariaDB, ask
 from sync_engine.testing.fixtures import StartDatabase
 from sync_engine.testing.servers import tls_files
@@ -35,10 +36,6 @@ async def url(server: RunningDatabase) -> AsyncIterator[str]:
     url = await server.database()
     yield url
     await server.drop(url)
-
-
-def put(id_: str, stamp: int, content: bytes = b"x") -> Op:
-    return Op(kind="put", object_id=id_, stamp=stamp, item=SyncItem(id_, content, stamp=stamp))
 
 
 async def connections(url: str) -> int:

@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 
 from sync_engine.errors import ConfigError, StoreError
-from sync_engine.item import Op, SyncItem
-from sync_engine.storage.sql import SqlStore, tables
+from sync_engine.item import SyncItem
+from sync_engine.storage.sql import SqlStore, dirty, tables
 from sync_engine.storage.sql.sqlite import SETTINGS
 from sync_engine.storage.sql.sqlite_words import SqliteWords
 from sync_engine.storage.sql.titles import RANGES
 from sync_engine.storage.sql.words import Said
+from sync_engine.testing.contract import put
 
 
 @pytest.fixture
@@ -27,10 +28,6 @@ async def store(path: Path) -> AsyncIterator[SqlStore]:
     store = await SqlStore.connect(f"sqlite:///{path}", timeout_ms=200)
     yield store
     await store.close()
-
-
-def put(id_: str, stamp: int, content: bytes = b"x") -> Op:
-    return Op(kind="put", object_id=id_, stamp=stamp, item=SyncItem(id_, content, stamp=stamp))
 
 
 def sql(path: Path, statement: str, *values: object) -> list[tuple[object, ...]]:
@@ -139,3 +136,18 @@ async def test_text_that_is_not_utf8_spoils_one_row_and_no_scan(store: SqlStore,
     fetched = await store.fetch(["a", "b"])
     assert set(fetched.items) == {"b"}
     assert set(fetched.corrupt) == {"a"}
+
+
+@pytest.mark.parametrize("most", [20_000, -1], ids=["sorted", "along the ids"])
+async def test_an_id_that_is_no_text_ends_no_listing_of_dirty_rows(
+    store: SqlStore, path: Path, monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    """SQLite keeps whatever others wrote, and has all bytes behind all texts."""
+    monkeypatch.setattr(dirty, "SORTED_MAX", most)
+    await store.put_batch([SyncItem(f"{letter}.1", b"x") for letter in "abc"])
+    sql(path, "INSERT INTO sync_items (id, timestamp, payload) VALUES (?, 1, '1')", b"blob")
+    ids = ["a.1", "b.1", "c.1"]
+    assert await store.list_dirty_ids() == await store.list_dirty_ids(4) == ids
+    assert [found.object_id for found in await store.get_dirty(4)] == ids
+    assert [found.object_id async for found in store.iter_dirty()] == ids
+    assert await store.list_dirty_prefixes() == ["a", "b", "c"]

@@ -9,7 +9,7 @@ import asyncpg
 import pytest
 
 from sync_engine.errors import StoreError, TierUnavailable
-from sync_engine.storage.sql import mysql, postgresql_errors, sqlite
+from sync_engine.storage.sql import mysql_errors, postgresql_errors, sqlite
 from sync_engine.storage.sql.dialect import Outrun, RowRefused
 
 
@@ -24,7 +24,7 @@ from sync_engine.storage.sql.dialect import Outrun, RowRefused
     ],
 )
 def test_what_a_code_of_mysql_means(code: int, kind: type[Exception]) -> None:
-    meant = mysql._meaning(asyncmy, asyncmy.errors.OperationalError(code, "as the server says"))
+    meant = mysql_errors.meaning(asyncmy, asyncmy.errors.OperationalError(code, "as the server says"))
     assert type(meant) is kind
     assert str(code) in str(meant)
 
@@ -67,7 +67,7 @@ def test_what_an_error_of_sqlite_means(statement: str, kind: type[Exception]) ->
 
 
 def test_what_is_no_error_of_a_driver_stays_what_it_is() -> None:
-    for meaning, driver in ((mysql._meaning, asyncmy), (postgresql_errors.meaning, asyncpg)):
+    for meaning, driver in ((mysql_errors.meaning, asyncmy), (postgresql_errors.meaning, asyncpg)):
         fault = KeyError("ours")
         assert meaning(driver, fault) is fault
         assert type(meaning(driver, ConnectionResetError())) is TierUnavailable

@@ -31,7 +31,7 @@ def test_G61_the_longest_prefix_counts(known: Routes, id_: str) -> None:
     longest = max(fitting, key=lambda route: len(route.prefix), default=None)
     assert known.route_of(id_) == longest
     assert known.home_of(id_) == (DEFAULT if longest is None else longest.table)
-    assert known.places_of(id_)[-1] == known.home_of(id_)
+    assert list(known.places_of(id_)) == [table for table in known.tables if table in known.places_of(id_)]
     assert set(known.places_of(id_)) == (
         set(known.tables) if longest is not None and longest.moving else {known.home_of(id_)}
     )
@@ -49,6 +49,10 @@ def test_ids_are_grouped_whole(known: Routes, ids: list[str]) -> None:
     grouped = known.by_places(ids)
     assert sorted(id_ for group in grouped.values() for id_ in group) == sorted(ids)
     assert all(known.places_of(id_) == places for places, group in grouped.items() for id_ in group)
+    at_home = known.by_home(ids)
+    assert sorted(id_ for group in at_home.values() for id_ in group) == sorted(ids)
+    assert all(known.home_of(id_) == home for home, group in at_home.items() for id_ in group)
+    assert list(at_home) == [table for table in known.tables if table in at_home]
 
 
 def test_before_the_first_schema_all_is_in_one_table() -> None:

@@ -17,6 +17,7 @@ import asyncio
 import itertools
 import time
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 import pytest
 from msgspec.structs import replace
@@ -59,13 +60,13 @@ CONTENTS = {
 }
 
 
-def put(object_id: str, content: bytes = b"{}", stamp: int = 1, *, state: str = "default", version: int = 1) -> Op:
-    """A put of a small item."""
-    item = SyncItem(object_id, content, stamp=stamp, state=state, version=version, updated_at=1_700_000_000_000)
+def put(object_id: str, stamp: int = 1, content: bytes = b"{}", **fields: Any) -> Op:
+    """A put of a small item, and of its other fields if there are any to be told."""
+    item = SyncItem(object_id, content, stamp=stamp, **{"updated_at": 1_700_000_000_000, **fields})
     return Op(kind="put", object_id=object_id, stamp=stamp, item=item)
 
 
-def fill(object_id: str, content: bytes = b"{}", stamp: int = 1) -> Op:
+def fill(object_id: str, stamp: int = 1, content: bytes = b"{}") -> Op:
     """A copy made by a read."""
     item = SyncItem(object_id, content, stamp=stamp, updated_at=1_700_000_000_000)
     return Op(kind="put", object_id=object_id, stamp=stamp, item=item, fill=True)
@@ -107,7 +108,7 @@ class TierContract:
 
     @pytest.mark.parametrize("content", CONTENTS.values(), ids=CONTENTS.keys())
     async def test_content_comes_back_byte_for_byte(self, tier: Tier, content: bytes) -> None:
-        applied = await tier.apply([put("a", content)])
+        applied = await tier.apply([put("a", content=content)])
         assert applied == Applied()
         assert await content_of(tier, "a") == content
 
@@ -159,7 +160,7 @@ class TierContract:
         assert await tier.exists_batch(["a", "b", "a"]) == [True, False, True]
 
     async def test_exists_batch_keeps_the_order_of_the_question(self, tier: Tier) -> None:
-        await tier.apply([put("b"), put("d", b"\x00")])
+        await tier.apply([put("b"), put("d", content=b"\x00")])
         assert await tier.exists_batch(["d", "c", "b", "a"]) == [True, False, True, False]
 
     async def test_an_invalid_id_is_refused_before_any_io(self, tier: Tier) -> None:
@@ -167,7 +168,7 @@ class TierContract:
             await tier.fetch(["state:sneaky"])
 
     async def test_many_items_go_in_and_out(self, tier: Tier) -> None:
-        ops = [put(f"{n:05d}", b'{"n":%d}' % n if n % 3 else b"\x00%d" % n) for n in range(1_234)]
+        ops = [put(f"{n:05d}", content=b'{"n":%d}' % n if n % 3 else b"\x00%d" % n) for n in range(1_234)]
         assert await tier.apply(ops) == Applied()
         items = (await tier.fetch([op.object_id for op in ops])).items
         assert {id_: item.content for id_, item in items.items()} == {
@@ -179,7 +180,7 @@ class TierContract:
     async def test_I1_the_newest_stamp_wins_in_every_order(self, tier: Tier) -> None:
         for n, order in enumerate(itertools.permutations((1, 2, 3))):
             id_ = f"id{n}"
-            applied = await apply_each(tier, *(put(id_, b"v%d" % stamp, stamp) for stamp in order))
+            applied = await apply_each(tier, *(put(id_, stamp, b"v%d" % stamp) for stamp in order))
             assert await content_of(tier, id_) == b"v3"
             for index, stamp in enumerate(order):
                 assert (id_ in applied[index].superseded) == (stamp < max(order[: index + 1]))
@@ -187,23 +188,23 @@ class TierContract:
     async def test_I1_puts_deletes_and_older_puts_end_alike_in_every_order(self, tier: Tier) -> None:
         for n, order in enumerate(itertools.permutations("pqd")):
             id_ = f"id{n}"
-            kinds = {"p": put(id_, b"v1", 1), "q": put(id_, b"v3", 3), "d": delete(id_, 2)}
+            kinds = {"p": put(id_, 1, b"v1"), "q": put(id_, 3, b"v3"), "d": delete(id_, 2)}
             await apply_each(tier, *(kinds[kind] for kind in order))
             assert await content_of(tier, id_) == b"v3", order
-            kinds = {"p": put(id_, b"v4", 4), "q": put(id_, b"v5", 5), "d": delete(id_, 6)}
+            kinds = {"p": put(id_, 4, b"v4"), "q": put(id_, 5, b"v5"), "d": delete(id_, 6)}
             await apply_each(tier, *(kinds[kind] for kind in order))
             assert await content_of(tier, id_) is None, order
 
     async def test_stamps_are_compared_as_whole_numbers(self, tier: Tier) -> None:
         base = 2**62  # beyond the 53 bits of a double
-        await apply_each(tier, put("a", b"newer", base + 1), put("a", b"older", base))
+        await apply_each(tier, put("a", base + 1, b"newer"), put("a", base, b"older"))
         assert await content_of(tier, "a") == b"newer"
-        await apply_each(tier, put("b", b"newer", 10), put("b", b"older", 9))
+        await apply_each(tier, put("b", 10, b"newer"), put("b", 9, b"older"))
         assert await content_of(tier, "b") == b"newer"
 
     async def test_applying_a_batch_twice_is_applying_it_once(self, tier: Tier) -> None:
-        batch = [put("a", b"1", 5), put("b", b"\x00", 6, state="s"), delete("c", 7), restate("d", "s", 8)]
-        await tier.apply([put("c", b"1", 1), put("d", b"1", 1)])
+        batch = [put("a", 5, b"1"), put("b", 6, b"\x00", state="s"), delete("c", 7), restate("d", "s", 8)]
+        await tier.apply([put("c", 1, b"1"), put("d", 1, b"1")])
         first = await tier.apply(batch)
         before = (await tier.fetch(["a", "b", "c", "d"])).items
         again = await tier.apply(batch)
@@ -216,55 +217,55 @@ class TierContract:
         assert await members(tier, "default", "s") == {"default": ["a"], "s": ["b", "d"]}
 
     async def test_stamp_zero_is_unordered_and_always_writes(self, tier: Tier) -> None:
-        await apply_each(tier, put("a", b"1", 9), put("a", b"2", 0))
+        await apply_each(tier, put("a", 9, b"1"), put("a", 0, b"2"))
         assert await content_of(tier, "a") == b"2"
-        await apply_each(tier, delete("b", 9), put("b", b"2", 0))
+        await apply_each(tier, delete("b", 9), put("b", 0, b"2"))
         assert await content_of(tier, "b") == b"2"
-        await apply_each(tier, put("c", b"1", 9), delete("c", 0))
+        await apply_each(tier, put("c", 9, b"1"), delete("c", 0))
         assert await content_of(tier, "c") is None
 
     async def test_a_stamped_put_replaces_an_unordered_copy(self, tier: Tier) -> None:
-        await apply_each(tier, put("a", b"1", 0), put("a", b"2", 1))
+        await apply_each(tier, put("a", 0, b"1"), put("a", 1, b"2"))
         assert await content_of(tier, "a") == b"2"
 
     # Deletes
 
     async def test_a_delete_tells_what_existed(self, tier: Tier) -> None:
-        await tier.apply([put("a", stamp=1), put("b", b"\x00", stamp=1)])
+        await tier.apply([put("a", stamp=1), put("b", content=b"\x00", stamp=1)])
         applied = await tier.apply([delete("a", 2), delete("b", 2), delete("c", 2)])
         assert applied.existed == {"a", "b"}
         assert not applied.superseded
         assert await tier.exists_batch(["a", "b", "c"]) == [False, False, False]
 
     async def test_I2_a_tombstone_stops_an_older_put(self, tier: Tier) -> None:
-        await apply_each(tier, put("a", b"1", 1), delete("a", 5))
-        applied = await tier.apply([put("a", b"2", 4)])
+        await apply_each(tier, put("a", 1, b"1"), delete("a", 5))
+        applied = await tier.apply([put("a", 4, b"2")])
         assert applied.superseded == {"a"}
         assert await content_of(tier, "a") is None
-        await tier.apply([put("a", b"3", 6)])
+        await tier.apply([put("a", 6, b"3")])
         assert await content_of(tier, "a") == b"3"
 
     async def test_I2_a_tombstone_is_left_where_nothing_was(self, tier: Tier) -> None:
-        applied = await apply_each(tier, delete("a", 5), put("a", b"1", 4))
+        applied = await apply_each(tier, delete("a", 5), put("a", 4, b"1"))
         assert not applied[0].existed
         assert applied[1].superseded == {"a"}
         assert await content_of(tier, "a") is None
 
     async def test_an_older_delete_leaves_a_newer_put(self, tier: Tier) -> None:
-        applied = await apply_each(tier, put("a", b"1", 5), delete("a", 4))
+        applied = await apply_each(tier, put("a", 5, b"1"), delete("a", 4))
         assert applied[1].superseded == {"a"}
         assert not applied[1].existed
         assert await content_of(tier, "a") == b"1"
 
     async def test_an_older_delete_does_not_weaken_a_tombstone(self, tier: Tier) -> None:
-        await apply_each(tier, delete("a", 9), delete("a", 3), put("a", b"1", 5))
+        await apply_each(tier, delete("a", 9), delete("a", 3), put("a", 5, b"1"))
         assert await content_of(tier, "a") is None
 
     # States
 
     async def test_restate_changes_state_and_stamp_and_nothing_else(self, tier: Tier) -> None:
         for id_, content in (("json", b'{"a":1}'), ("binary", b"\x00\x01")):
-            await tier.apply([put(id_, content, 3, version=7)])
+            await tier.apply([put(id_, 3, content, version=7)])
             applied = await tier.apply([restate(id_, "done", 5)])
             assert not applied.superseded
             back = (await tier.fetch([id_])).items[id_]
@@ -284,13 +285,13 @@ class TierContract:
 
     async def test_I6_membership_follows_puts_restates_type_changes_and_deletes(self, tier: Tier) -> None:
         states = ("default", "one", "two")
-        await tier.apply([put("a", b"{}", 1), put("b", b"\x00", 1, state="one"), put("c", b"{}", 1, state="one")])
+        await tier.apply([put("a", 1, b"{}"), put("b", 1, b"\x00", state="one"), put("c", 1, b"{}", state="one")])
         assert await members(tier, *states) == {"default": ["a"], "one": ["b", "c"]}
-        await tier.apply([put("a", b"{}", 2, state="two"), put("b", b"{}", 2, state="two")])  # b: binary to JSON
+        await tier.apply([put("a", 2, b"{}", state="two"), put("b", 2, b"{}", state="two")])  # b: binary to JSON
         assert await members(tier, *states) == {"one": ["c"], "two": ["a", "b"]}
-        await tier.apply([put("c", b"\x00", 3, state="default"), restate("a", "one", 3)])  # c: JSON to binary
+        await tier.apply([put("c", 3, b"\x00", state="default"), restate("a", "one", 3)])  # c: JSON to binary
         assert await members(tier, *states) == {"default": ["c"], "one": ["a"], "two": ["b"]}
-        await tier.apply([delete("a", 4), delete("b", 4), put("c", b"\x00", 1, state="two")])
+        await tier.apply([delete("a", 4), delete("b", 4), put("c", 1, b"\x00", state="two")])
         assert await members(tier, *states) == {"default": ["c"]}
         assert [await tier.count_by_state(state) for state in states] == [1, 0, 0]
 
@@ -317,26 +318,26 @@ class TierContract:
     # Isolation
 
     async def test_I7_a_superseded_neighbour_does_not_hold_up_the_batch(self, tier: Tier) -> None:
-        await tier.apply([put("b", b"newer", 9), delete("d", 9)])
-        applied = await tier.apply([put(id_, b"x", 5) for id_ in "abcde"])
+        await tier.apply([put("b", 9, b"newer"), delete("d", 9)])
+        applied = await tier.apply([put(id_, 5, b"x") for id_ in "abcde"])
         assert applied.superseded == {"b", "d"}
         assert not applied.refused
         held = {id_: item.content for id_, item in (await tier.fetch(list("abcde"))).items.items()}
         assert held == {"a": b"x", "b": b"newer", "c": b"x", "e": b"x"}
 
     async def test_concurrent_batches_end_with_the_newest(self, tier: Tier) -> None:
-        await asyncio.gather(*(tier.apply([put("a", b"%d" % n, n), put(f"b{n}", b"x", n)]) for n in range(1, 21)))
+        await asyncio.gather(*(tier.apply([put("a", n, b"%d" % n), put(f"b{n}", n, b"x")]) for n in range(1, 21)))
         assert await content_of(tier, "a") == b"20"
         assert all(await tier.exists_batch([f"b{n}" for n in range(1, 21)]))
 
     async def test_a_cancelled_call_leaves_the_tier_usable(self, tier: Tier) -> None:
-        calls = [asyncio.create_task(tier.apply([put(f"a{n}", b"x")])) for n in range(10)]
-        calls += [asyncio.create_task(tier.apply([put("z", b"y", n)])) for n in range(1, 5)]
+        calls = [asyncio.create_task(tier.apply([put(f"a{n}", content=b"x")])) for n in range(10)]
+        calls += [asyncio.create_task(tier.apply([put("z", n, b"y")])) for n in range(1, 5)]
         await asyncio.sleep(0)
         for call in calls:
             call.cancel()
         await asyncio.gather(*calls, return_exceptions=True)
-        await tier.apply([put("z", b"last", 9)])
+        await tier.apply([put("z", 9, b"last")])
         assert await content_of(tier, "z") == b"last"
 
     async def test_closing_twice_is_closing_once(self, tier: Tier) -> None:
@@ -350,28 +351,30 @@ class CacheContract(TierContract):
 
     async def test_R5_a_write_without_deadline_removes_one(self, tier: Tier) -> None:
         soon = now_ms() + 300
-        await tier.apply([until(put("a", b"{}", 1), soon), until(put("b", b"{}", 1), soon), put("c", b"{}", 1)])
-        await tier.apply([put("a", b"{}", 2)])
+        await tier.apply([until(put("a", 1, b"{}"), soon), until(put("b", 1, b"{}"), soon), put("c", 1, b"{}")])
+        await tier.apply([put("a", 2, b"{}")])
         await eventually(lambda: gone(tier, "b"))
         assert await tier.exists_batch(["a", "b", "c"]) == [True, False, True]
 
     @pytest.mark.parametrize("content", [b"{}", b"\x00"], ids=["json", "binary"])
     async def test_I6_an_expired_copy_is_gone_from_its_state_too(self, tier: Tier, content: bytes) -> None:
-        await tier.apply([until(put("a", content, state="s"), now_ms() + 50), put("b", content, state="s")])
+        await tier.apply(
+            [until(put("a", content=content, state="s"), now_ms() + 50), put("b", content=content, state="s")]
+        )
         await eventually(lambda: gone(tier, "a"))
         assert await tier.list_state_ids("s") == ["b"]
         assert await tier.count_by_state("s") == 1
 
     @pytest.mark.parametrize("content", [b"{}", b"\x00"], ids=["json", "binary"])
     async def test_I11_a_copy_whose_deadline_is_past_is_not_visible(self, tier: Tier, content: bytes) -> None:
-        await tier.apply([put("a", content, 1, state="s")])
-        await tier.apply([until(put("a", content, 2, state="s"), now_ms() - 1_000)])
+        await tier.apply([put("a", 1, content, state="s")])
+        await tier.apply([until(put("a", 2, content, state="s"), now_ms() - 1_000)])
         assert (await tier.fetch(["a"])).items == {}
         assert await tier.exists_batch(["a"]) == [False]
         assert await members(tier, "s") == {}
 
     async def test_restating_keeps_the_deadline(self, tier: Tier) -> None:
-        await tier.apply([until(put("a", b"{}", 1), now_ms() + 100)])
+        await tier.apply([until(put("a", 1, b"{}"), now_ms() + 100)])
         await tier.apply([restate("a", "done", 2)])
         await eventually(lambda: gone(tier, "a"))
         assert await members(tier, "default", "done") == {}
@@ -381,14 +384,14 @@ class CacheContract(TierContract):
     ) -> None:
         for stamp in (2, 5, 10, 1_000, 112_000_000_000_000_000):
             id_ = f"a.{stamp}"
-            item = put(id_, b"{}", stamp, state="s").item
+            item = put(id_, stamp, b"{}", state="s").item
             assert item is not None
             await tier.apply([Op(kind="restate", object_id=id_, stamp=stamp, state="s", item=item)])
-            late = [put(id_, b"{}", stamp - 2)] if stamp > 2 else []
+            late = [put(id_, stamp - 2, b"{}")] if stamp > 2 else []
             assert (await tier.apply(late)).superseded == {op.object_id for op in late}
-            await tier.apply([fill(id_, b"{}", stamp - 1)])
+            await tier.apply([fill(id_, stamp - 1, b"{}")])
             assert await content_of(tier, id_) is None
-            await tier.apply([fill(id_, b"{}", stamp)])
+            await tier.apply([fill(id_, stamp, b"{}")])
             assert await content_of(tier, id_) == b"{}"
 
     @pytest.mark.parametrize("content", [b"{}", b"\x00"], ids=["json", "binary"])
@@ -396,23 +399,23 @@ class CacheContract(TierContract):
         self, tier: Tier, content: bytes
     ) -> None:
         later = now_ms() + 60_000
-        await tier.apply([until(put("a", b"stale", 1), later), put("c", b"newer", 9)])
+        await tier.apply([until(put("a", 1, b"stale"), later), put("c", 9, b"newer")])
         ops = []
         for id_ in "abc":
-            item = put(id_, content, 5, state="s").item
+            item = put(id_, 5, content, state="s").item
             ops.append(Op(kind="restate", object_id=id_, stamp=5, state="s", item=item))
         assert (await tier.apply(ops)).superseded == {"c"}
         assert [await content_of(tier, id_) for id_ in "abc"] == [content, None, b"newer"]
         assert await members(tier, "s", "default") == {"s": ["a"], "default": ["c"]}
-        await tier.apply([until(put("a", content, 6), now_ms() + 50)])
-        item = put("a", content, 7, state="s").item
+        await tier.apply([until(put("a", 6, content), now_ms() + 50)])
+        item = put("a", 7, content, state="s").item
         await tier.apply([Op(kind="restate", object_id="a", stamp=7, state="s", item=item)])
         await eventually(lambda: gone(tier, "a"))
 
     async def test_the_deadline_of_an_item_that_lives_here_alone_comes_back(self, tier: Tier) -> None:
         deadline_ms = now_ms() + 60_000
         for id_, content in (("json", b"{}"), ("binary", b"\x00")):
-            op = put(id_, content)
+            op = put(id_, content=content)
             assert op.item is not None
             item = op.item.replace(expires_at=deadline_ms)
             await tier.apply(
@@ -421,18 +424,18 @@ class CacheContract(TierContract):
             assert (await tier.fetch([id_])).items[id_].expires_at == deadline_ms
 
     async def test_a_fill_takes_an_empty_or_older_place(self, tier: Tier) -> None:
-        await tier.apply([put("b", b"older", 3)])
-        await tier.apply([fill("a", b"filled", 5), fill("b", b"filled", 5), fill("c", b"filled", 0)])
+        await tier.apply([put("b", 3, b"older")])
+        await tier.apply([fill("a", 5, b"filled"), fill("b", 5, b"filled"), fill("c", 0, b"filled")])
         assert [await content_of(tier, id_) for id_ in "abc"] == [b"filled"] * 3
 
     async def test_I1_a_fill_never_passes_its_equal_or_a_newer_copy(self, tier: Tier) -> None:
-        await tier.apply([put("a", b"kept", 5), put("b", b"kept", 9), put("c", b"kept", 0)])
-        await tier.apply([fill("a", b"filled", 5), fill("b", b"filled", 5), fill("c", b"filled", 0)])
+        await tier.apply([put("a", 5, b"kept"), put("b", 9, b"kept"), put("c", 0, b"kept")])
+        await tier.apply([fill("a", 5, b"filled"), fill("b", 5, b"filled"), fill("c", 0, b"filled")])
         assert [await content_of(tier, id_) for id_ in "abc"] == [b"kept"] * 3
 
     async def test_I2_a_fill_never_passes_a_tombstone_of_its_stamp_or_later(self, tier: Tier) -> None:
         await tier.apply([delete("a", 5), delete("b", 5), delete("c", 5), delete("d", 5)])
-        await tier.apply([fill("a", b"x", 4), fill("b", b"x", 5), fill("c", b"x", 6), fill("d", b"x", 0)])
+        await tier.apply([fill("a", 4, b"x"), fill("b", 5, b"x"), fill("c", 6, b"x"), fill("d", 0, b"x")])
         assert await tier.exists_batch(["a", "b", "c", "d"]) == [False, False, True, False]
 
 
@@ -440,7 +443,7 @@ class TruthContract(TierContract):
     """A tier that can be scanned in order and compared with: SQL."""
 
     async def test_restate_answers_with_the_whole_item(self, tier: Truth) -> None:
-        await tier.apply([put("a", b'{"a":1}', 1), put("b", b"\x00", 1), put("c", b"x", 9)])
+        await tier.apply([put("a", 1, b'{"a":1}'), put("b", 1, b"\x00"), put("c", 9, b"x")])
         applied = await tier.apply(
             [restate("a", "s", 5), restate("b", "s", 5), restate("c", "s", 5), restate("d", "s", 5)]
         )
@@ -451,46 +454,46 @@ class TruthContract(TierContract):
 
     async def test_a_restate_that_is_applied_again_answers_with_the_item_again(self, tier: Truth) -> None:
         """The first answer may have been lost on its way; without the item Redis would bless an older one."""
-        await tier.apply([put("a", b'{"a":1}', 1)])
+        await tier.apply([put("a", 1, b'{"a":1}')])
         applied = [await tier.apply([restate("a", "s", 5)]) for _ in range(2)]
         assert applied[0].restated["a"] == applied[1].restated["a"]
         assert applied[1].restated["a"].state == "s"
 
     async def test_if_version_writes_only_over_that_version(self, tier: Truth) -> None:
-        await tier.apply([put("a", b"1", 1, version=4)])
+        await tier.apply([put("a", 1, b"1", version=4)])
         applied = await tier.apply(
-            [when(put("a", b"2", 2, version=5), 3), when(put("b", b"2", 2), 1), put("c", b"2", 2)]
+            [when(put("a", 2, b"2", version=5), 3), when(put("b", 2, b"2"), 1), put("c", 2, b"2")]
         )
         assert {id_: (bad.expected, bad.actual) for id_, bad in conflicts(applied).items()} == {
             "a": (3, 4),
             "b": (1, 0),
         }
         assert {id_: await content_of(tier, id_) for id_ in "abc"} == {"a": b"1", "b": None, "c": b"2"}
-        applied = await tier.apply([when(put("a", b"3", 3, version=5), 4), when(put("b", b"3", 3), 0)])
+        applied = await tier.apply([when(put("a", 3, b"3", version=5), 4), when(put("b", 3, b"3"), 0)])
         assert applied == Applied()
         assert [await content_of(tier, id_) for id_ in "ab"] == [b"3", b"3"]
 
     async def test_if_version_zero_means_must_not_exist(self, tier: Truth) -> None:
-        await tier.apply([put("a", b"1", 1)])
-        applied = await tier.apply([when(put("a", b"2", 2), 0)])
+        await tier.apply([put("a", 1, b"1")])
+        applied = await tier.apply([when(put("a", 2, b"2"), 0)])
         assert conflicts(applied)["a"].actual == 1
 
     async def test_a_compare_and_set_applied_twice_is_no_conflict_with_itself(self, tier: Truth) -> None:
-        op = when(put("a", b"1", 5, version=1), 0)
+        op = when(put("a", 5, b"1", version=1), 0)
         assert [await tier.apply([op]) for _ in range(2)] == [Applied(), Applied()]
         assert await content_of(tier, "a") == b"1"
 
     async def test_a_compare_and_set_that_is_older_than_what_stands_is_a_conflict(self, tier: Truth) -> None:
-        await tier.apply([put("a", b"v1", 5), put("b", b"v1", 5)])
+        await tier.apply([put("a", 5, b"v1"), put("b", 5, b"v1")])
         await tier.apply([delete("b", 6)])
         for id_, version in (("a", 1), ("b", 0)):
-            refused = (await tier.apply([when(put(id_, b"late", 4), version)])).refused
+            refused = (await tier.apply([when(put(id_, 4, b"late"), version)])).refused
             assert isinstance(refused.get(id_), VersionConflict)
-            assert (await tier.apply([when(put(id_, b"v2", 7), version)])).refused == {}
+            assert (await tier.apply([when(put(id_, 7, b"v2"), version)])).refused == {}
 
     async def test_of_two_racing_compare_and_sets_one_wins(self, tier: Truth) -> None:
-        await tier.apply([put("a", b"0", 1, version=1)])
-        answers = await asyncio.gather(*(tier.apply([when(put("a", b"x", n, version=2), 1)]) for n in range(2, 10)))
+        await tier.apply([put("a", 1, b"0", version=1)])
+        answers = await asyncio.gather(*(tier.apply([when(put("a", n, b"x", version=2), 1)]) for n in range(2, 10)))
         assert sum("a" not in answer.refused for answer in answers) == 1
 
     async def test_R7_a_conditional_delete_takes_only_what_is_in_its_state_and_no_newer(self, tier: Truth) -> None:
@@ -551,7 +554,7 @@ class TruthContract(TierContract):
 
     async def test_Q18_pages_of_a_scan_join_without_gap_or_repeat(self, tier: Truth) -> None:
         ids = [f"p{n:03d}" for n in range(25)]
-        await tier.apply([put(id_, b"x", state="s") for id_ in ids] + [put("q", state="s")])
+        await tier.apply([put(id_, content=b"x", state="s") for id_ in ids] + [put("q", state="s")])
         for size in (1, 7, 25, 100):
             seen: list[str] = []
             while page := await tier.scan_prefix("p", size, after=seen[-1] if seen else None):
@@ -562,7 +565,7 @@ class TruthContract(TierContract):
         assert await tier.scan_prefix("p", after="pz") == []
 
     async def test_a_scan_returns_whole_items(self, tier: Truth) -> None:
-        await tier.apply([put("a", b'{ "a" : 1 }', 3, state="s"), put("b", b"\x00", 4, state="s")])
+        await tier.apply([put("a", 3, b'{ "a" : 1 }', state="s"), put("b", 4, b"\x00", state="s")])
         fetched = (await tier.fetch(["a", "b"])).items
         assert await tier.scan_prefix("") == [fetched[id_] for id_ in "ab"]
         assert await tier.get_by_state("s") == [fetched[id_] for id_ in "ab"]
@@ -584,10 +587,10 @@ class TruthContract(TierContract):
         assert await tier.newest_stamp() >= 2**62 + 5
 
     async def test_G61_a_schema_is_registered_at_any_time_and_changes_no_answer(self, tier: Truth) -> None:
-        await tier.apply([put("alpha.1", b"1", stamp=5), put("beta.1", b"2", stamp=6), delete("alpha.2", stamp=7)])
+        await tier.apply([put("alpha.1", 5, b"1"), put("beta.1", 6, b"2"), delete("alpha.2", stamp=7)])
         assert await tier.register_schema("letters", ["alpha.", "alpha.1.", "%"]) in (0, 1)
         assert await tier.register_schema("letters", iter(["alpha."])) == 0
-        await tier.apply([put("alpha.2", b"older", stamp=6), put("alpha.3", b"3", stamp=8)])
+        await tier.apply([put("alpha.2", content=b"older", stamp=6), put("alpha.3", content=b"3", stamp=8)])
         assert [item.object_id for item in await tier.scan_prefix("")] == ["alpha.1", "alpha.3", "beta.1"]
         assert await tier.held_stamps(["alpha.1", "beta.1"]) == {"alpha.1": 5, "beta.1": 6}
         assert [op.object_id for op in (await tier.changed_since(5)).ops] == ["alpha.1", "beta.1", "alpha.2", "alpha.3"]
@@ -596,7 +599,7 @@ class TruthContract(TierContract):
                 await tier.register_schema(name, prefixes)
 
     async def test_a_deadline_of_the_redis_copy_means_nothing_here(self, tier: Truth) -> None:
-        await tier.apply([until(put("a", b"{}", 1), now_ms() - 1_000)])
+        await tier.apply([until(put("a", 1, b"{}"), now_ms() - 1_000)])
         assert await content_of(tier, "a") == b"{}"
 
 

@@ -261,10 +261,8 @@ def _by_table(routes: Routes, ops: Sequence[Op]) -> dict[str, Sequence[Op]]:
     """The operations by the table that their ids belong to, in an order of tables that is every writer's."""
     if not routes.by_prefix:
         return {DEFAULT: ops}
-    found: dict[str, list[Op]] = {}
-    for op in ops:
-        found.setdefault(routes.home_of(op.object_id), []).append(op)
-    return {table: found[table] for table in sorted(found)}
+    by_id = {op.object_id: op for op in ops}
+    return {table: [by_id[id_] for id_ in ids] for table, ids in routes.by_home(by_id).items()}
 
 
 def _chunks(ops: Sequence[Op], rows_max: int, bytes_max: int) -> Iterator[Sequence[Op]]:

@@ -5,8 +5,8 @@ for, in order of ids and across all tables, and taken back, from rows alone that
 
 The index of the flag is the original's and has no ids, except on MySQL, where every index has the primary key. One in
 order of ids would have to be kept in order by every write of every engine, for a question that few ask: with it a write
-among 200,000 rows cost 1.6 times one among 10,000 (``make bench ARGS=growth``). So few dirty rows are all found by
-their flag and sorted here; where there are many, the primary key is followed past the clean ones between them.
+among 200,000 rows cost 1.6 times one among 10,000 (``make bench ARGS=growth``). So dirty rows are found by their flag,
+and the server sorts them; where there are too many, the primary key is followed past the clean ones between them.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from sync_engine.item import SyncItem
 from sync_engine.storage.sql.buckets import buckets_of
 from sync_engine.storage.sql.dialect import Session
 from sync_engine.storage.sql.moving import bring, learn_if_new
-from sync_engine.storage.sql.pages import judged, range_of
+from sync_engine.storage.sql.pages import PAGE_ROWS, range_of
 from sync_engine.storage.sql.questions import Questions
 from sync_engine.storage.sql.routing import Router
-from sync_engine.storage.sql.rows import Row, item_of
+from sync_engine.storage.sql.rows import item_of
 from sync_engine.storage.sql.words import Words
 
 __all__ = ["call_clean", "count_dirty", "dirty_ids", "dirty_prefixes", "dirty_rows"]
@@ -30,8 +30,12 @@ __all__ = ["call_clean", "count_dirty", "dirty_ids", "dirty_prefixes", "dirty_ro
 SEEN_IDS: Final = 100
 """Ids read at a time in search of the next prefix: a few prefixes of many ids and many of one each cost alike."""
 
-FEW: Final = 1_000
-"""Dirty rows that are read by their flag alone to be sorted: a millisecond or two."""
+SORTED_MAX: Final = 20_000
+"""Most dirty rows that are found by their flag to be sorted, anew for each page: one of 500 among 20,000 costs SQLite
+60 ms; one along the ids of 600,000 rows, of which so many are dirty, 460 ms (2 cores, 2026-11)."""
+
+IDS_AT_ONCE: Final = 20_000
+"""Ids that are read ahead of their rows: at 255 characters at most some megabytes, usually one."""
 
 _Facts = tuple[int, int, str]
 """Stamp, version, SHA-256."""
@@ -39,62 +43,67 @@ _Facts = tuple[int, int, str]
 
 async def dirty_ids(questions: Questions, router: Router, limit: int, prefix: str, after: str) -> list[str]:
     """``SqlStore.list_dirty_ids``, for checked arguments."""
-    few = await _few(questions, router, prefix)
-    if few is not None:
-        return [id_ for id_ in few if id_ > after][:limit]
-    return await _walked(questions, router, prefix, range_of(prefix, after), limit)
+    found = await _page(questions, router, prefix, after, limit)
+    return list(dict.fromkeys(found))  # other programs may have written an id into two tables
 
 
-def dirty_rows(
+async def dirty_rows(
     questions: Questions, router: Router, prefix: str, after: str, limit: int | None
 ) -> AsyncIterator[SyncItem | Corruption]:
-    """``SqlStore.iter_dirty``, for checked arguments: what each dirty row is, page by page."""
-    many = False
+    """``SqlStore.iter_dirty``, for checked arguments: what each dirty row is.
 
-    async def page(after: str, size: int) -> list[Row]:
-        nonlocal many
-        few = None if many else await _few(questions, router, prefix)
-        if few is not None:
-            return await _rows_of(questions, [id_ for id_ in few if id_ > after], size)
-        many = True
-        shape, bounds = range_of(prefix, after)
-        return await questions.told(lambda routes: router.under(routes, prefix).dirty(shape, bounds, size))
+    Ids come first, so that of an id in two tables the row is read that every other question reads. One that is called
+    clean between its id and its row is told all the same.
+    """
+    left = limit
+    while left is None or left > 0:
+        size = IDS_AT_ONCE if left is None else min(left, IDS_AT_ONCE)
+        found = await _page(questions, router, prefix, after, size)
+        ids = list(dict.fromkeys(found))
+        for start in range(0, len(ids), PAGE_ROWS):
+            some = ids[start : start + PAGE_ROWS]
+            held = {row[0]: row for row in await questions.of_rows(Words.fetch, some)}
+            for id_ in some:
+                if id_ in held:  # or it was deleted meanwhile
+                    yield item_of(held[id_])
+            if left is not None:
+                left -= len(held)
+        if len(found) < size:
+            return
+        after = ids[-1]
 
-    return judged(page, after, limit)
+
+async def _page(questions: Questions, router: Router, prefix: str, after: str, limit: int) -> list[str]:
+    shape, bounds = range_of(prefix, after)
+    found = await _sorted(questions, router, prefix, shape, bounds, limit)
+    return await _walked(questions, router, prefix, shape, bounds, limit) if found is None else found
 
 
-async def _few(questions: Questions, router: Router, prefix: str) -> list[str] | None:
-    """All dirty ids of a prefix in order, if there are few in its tables and their index has not got them in order."""
+async def _sorted(
+    questions: Questions, router: Router, prefix: str, shape: tuple[bool, bool], bounds: Sequence[str], limit: int
+) -> list[str] | None:
+    """A page found by the flags of the tables in question; None where too many are set, or the ids have an index."""
     if router.words().dirty_in_order:
         return None
-    rows = await questions.told(lambda routes: router.under(routes, prefix).any_dirty(FEW + 1))
-    return (
-        None
-        if len(rows) > FEW
-        else sorted(
-            id_
-            for (id_,) in rows
-            if isinstance(id_, str) and id_.startswith(prefix)  # SQLite keeps whatever others wrote
-        )
-    )
+    most = SORTED_MAX + 1
+    # First of all, since the index of the flags has to be passed to its end, whatever the range.
+    if await questions.number(lambda routes: router.under(routes, prefix).flags_set(most)) == most:
+        return None
+    rows = await questions.told(lambda routes: router.under(routes, prefix).ids_sorted(shape, bounds, limit, most))
+    # Behind that count others may have written: what was cut has lost ids that the page should have.
+    return None if max(count for _, count in rows) == most else _texts(id_ for id_, _ in rows)
 
 
 async def _walked(
-    questions: Questions, router: Router, prefix: str, within: tuple[tuple[bool, bool], Sequence[str]], limit: int
+    questions: Questions, router: Router, prefix: str, shape: tuple[bool, bool], bounds: Sequence[str], limit: int
 ) -> list[str]:
-    shape, bounds = within
     rows = await questions.told(lambda routes: router.under(routes, prefix).ids_dirty(shape, bounds, limit))
-    return [id_ for (id_,) in rows]
+    return _texts(id_ for (id_,) in rows)
 
 
-async def _rows_of(questions: Questions, ids: Sequence[str], size: int) -> list[Row]:
-    """The rows of the first ids that have one; what was deleted meanwhile must not make a page look like the last."""
-    rows: list[Row] = []
-    for start in range(0, len(ids), size):
-        rows += await questions.of_rows(Words.fetch, ids[start : start + size])
-        if len(rows) >= size:
-            break
-    return sorted(rows, key=lambda row: str(row[0]))[:size]
+def _texts(ids: Iterable[object]) -> list[str]:
+    """What can be the id of an item; SQLite keeps whatever others wrote, and has all bytes behind all texts."""
+    return [id_ for id_ in ids if isinstance(id_, str)]
 
 
 async def count_dirty(questions: Questions, router: Router, prefix: str) -> int:
@@ -112,12 +121,12 @@ async def dirty_prefixes(questions: Questions, router: Router, limit: int, after
     end, each beginning of the last one that may still be a prefix is looked up: a statement for every such character.
     """
 
-    few = await _few(questions, router, "")
-    if few is not None:
-        return sorted({first for first in map(_first, few) if after is None or first > after})[:limit]
+    some = await _sorted(questions, router, "", *range_of("", after or ""), SORTED_MAX)
+    if some is not None:
+        return sorted({first for first in map(_first, some) if after is None or first > after})[:limit]
 
     async def ids(shape: tuple[bool, bool], bounds: Sequence[str], most: int) -> list[str]:
-        return await _walked(questions, router, "", (shape, bounds), most)
+        return await _walked(questions, router, "", shape, bounds, most)
 
     def wanted(prefix: str) -> bool:
         return prefix not in found and (after is None or prefix > after)
@@ -154,12 +163,9 @@ async def call_clean(session: Session, router: Router, processed: Iterable[SyncI
     routes = await learn_if_new(session, router, int(version))
     if routes.moving:
         await bring(session, router, routes, ids)
-    by_home: dict[str, list[str]] = {}
-    for id_ in ids:
-        by_home.setdefault(routes.home_of(id_), []).append(id_)
     cleaned = 0
-    for home in sorted(by_home):
-        words, some = router.words(home), by_home[home]
+    for home, some in routes.by_home(ids).items():
+        words = router.words(home)
         for start in range(0, len(some), words.ids_max):
             cleaned += await _clean(session, words, some[start : start + words.ids_max], facts)
     return cleaned
@@ -168,7 +174,7 @@ async def call_clean(session: Session, router: Router, processed: Iterable[SyncI
 async def _clean(session: Session, words: Words, ids: Sequence[str], facts: dict[str, set[_Facts]]) -> int:
     dirty: dict[str, _Facts] = {}
     for id_, stamp, version, payload_hash, flag in await session.rows(words.flags(ids)):
-        if flag:
+        if flag == 1:
             dirty[id_] = (int(stamp), int(version), payload_hash)
     if hashless := [id_ for id_, (_, _, payload_hash) in dirty.items() if not payload_hash]:
         # The original leaves the hash out. Then only the content itself tells whether it is the one processed.

@@ -23,6 +23,8 @@ from sync_engine.storage.sql.tables import (
     TOMBSTONE_LIFE_MS,
     item_table,
     items,
+    meta,
+    routes,
     tombstones,
 )
 from sync_engine.storage.sql.words import FORGOTTEN, Said, Words
@@ -95,9 +97,11 @@ async def _make(database: Database, session: Session, words: Words, now_ms: int)
             raise StoreError("l3", f"{items.name} cannot be adopted: there is already a table {FIRST}")
         await session.run(Said(f"ALTER TABLE {items.name} RENAME TO {FIRST}"))
         names.add(FIRST)
-    for table in database.owned_tables:
+    # In the order in which questions name them: the tables of items one after the other, then the tombstones.
+    for table in (known := (items, routes, meta)):
         await _make_table(database, session, table, names)
-    for table in (routed := await _routed(session, words)):
+    routed = await _routed(session, words)
+    for table in (*routed, *(table for table in database.owned_tables if table not in known)):
         await _make_table(database, session, table, names)
     if FIRST in names:
         await _copy_the_first(database, session, words)

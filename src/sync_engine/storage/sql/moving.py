@@ -50,9 +50,10 @@ async def bring(session: Session, router: Router, routes: Routes, ids: Sequence[
     In a transaction, the buckets of the ids locked.
     """
     brought = 0
-    for (*others, home), some in routes.by_places(ids).items():
-        for source in others:
-            brought += await _take(session, router, some, source, home)
+    for home, some in routes.by_home(ids).items():
+        if moving := [id_ for id_ in some if (route := routes.route_of(id_)) is not None and route.moving]:
+            for source in routes.others(home):
+                brought += await _take(session, router, moving, source, home)
     return brought
 
 
@@ -125,10 +126,7 @@ class Mover:
             return False  # somebody has registered it
         buried: dict[str, int] = dict(await own.rows(self._router.words().buried(ids)))
         await bring(own, self._router, routes, ids)
-        by_home: dict[str, list[str]] = {}
-        for id_ in ids:
-            by_home.setdefault(routes.home_of(id_), []).append(id_)
-        for home, some in by_home.items():
+        for home, some in routes.by_home(ids).items():
             await _take(own, self._router, some, table, home, buried)
         return True
 

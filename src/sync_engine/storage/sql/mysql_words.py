@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final
 
-from sync_engine.storage.sql import titles
 from sync_engine.storage.sql.rows import Value, flat
 from sync_engine.storage.sql.words import Said, Words
 
@@ -72,9 +71,7 @@ CHANGED_ROWS: Final = """\
 # believes most rows to be dirty, as they are until somebody calls them clean, would read along the primary key, past
 # all that have become clean since; and IN, since at a plain "= 1" MariaDB 10.11 sometimes goes by the flag alone and
 # leaves the id to be compared row by row.
-DIRTY_RANGES: Final = {
-    shape: f"merkle_dirty IN (1, 2) AND merkle_dirty < 2 AND {bounds}" for shape, bounds in titles.RANGES.items()
-}
+DIRTY: Final = "merkle_dirty IN (1, 2) AND merkle_dirty < 2"
 DIRTY_HINT: Final = " FORCE INDEX ($index)"
 
 CHANGED_DELETES: Final = """\
@@ -97,7 +94,7 @@ class MysqlWords(Words):
     note = NOTE
     changed_rows = CHANGED_ROWS
     changed_deletes = CHANGED_DELETES
-    dirty_ranges = dirty_sums = DIRTY_RANGES
+    dirty = dirty_along = DIRTY
     dirty_hint = DIRTY_HINT
     dirty_order = "merkle_dirty, id"
     dirty_in_order = True

@@ -70,6 +70,8 @@ def check_text(field: str, text: object) -> str:
     """Text that a database can compare, or ``InvalidItem``."""
     if not isinstance(text, str):
         raise InvalidItem(field, f"a {type(text).__name__}", "must be a str")
+    if "\0" in text:  # no id has it, and PostgreSQL no text
+        raise InvalidItem(field, f"{len(text)} characters", "must not contain NUL")
     try:
         text.encode()
     except UnicodeEncodeError as bad:

@@ -77,6 +77,13 @@ CHANGED_DELETES: Final = """\
 (SELECT id, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, stamp, 1
  FROM sync_tombstones WHERE (stamp, id) > (?, ?) ORDER BY stamp, id LIMIT ?)"""
 
+# Not "= 1": ordered by a constant, the flags would be of no more use than the whole table, where the planner believes
+# most rows to be dirty. A range of one can be ordered by.
+DIRTY: Final = "merkle_dirty BETWEEN 1 AND 1"
+
+# Likewise: "+ 0 = 1" is taken for one row in 200, and so for a reason to read and sort the whole table for every page.
+DIRTY_ALONG: Final = "(merkle_dirty = 1)::int <> 0"
+
 
 class Copying:
     """Whether rows can be copied: it takes the right to make temporary tables, which some users do not have."""
@@ -96,6 +103,8 @@ class PostgresqlWords(Words):
     counts_writes = True
     changed_rows = CHANGED_ROWS
     changed_deletes = CHANGED_DELETES
+    dirty = DIRTY
+    dirty_along = DIRTY_ALONG
 
     def __init__(self, copying: Copying, *tables: str) -> None:
         super().__init__(*tables)

@@ -7,6 +7,7 @@ there is no lock, no lease and no clock in it, and the questions are those of a 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 
 from sync_engine.errors import Corruption, TierUnavailable
@@ -62,6 +63,7 @@ class Questions:
                 words = self._router.words(*places)
                 for start in range(0, len(some), words.ids_max):
                     fresh += await self.rows(verb(words, some[start : start + words.ids_max]))
+            fresh = await self._without_copies(verb, routes, fresh)
             rows += fresh
             if len(fresh) == len(wanted) and not routes.moving:
                 break
@@ -97,6 +99,22 @@ class Questions:
             return await self.told(lambda routes: verb(self._router.under(routes, prefix), shape, bounds, size))
 
         return page
+
+    async def _without_copies(
+        self, verb: Callable[[Words, Sequence[str]], Said], routes: Routes, rows: list[Row]
+    ) -> list[Row]:
+        """One row of each id: of several, which only programs that know no routes leave, that of the table where it
+        belongs."""
+        by_id = {row[0]: row for row in rows}
+        if len(by_id) == len(rows):
+            return rows
+        copied = [id_ for id_, count in Counter(row[0] for row in rows).items() if count > 1]
+        for home, some in routes.by_home(copied).items():
+            words = self._router.words(home)
+            for start in range(0, len(some), words.ids_max):
+                at_home = await self.rows(verb(words, some[start : start + words.ids_max]))
+                by_id.update((row[0], row) for row in at_home)
+        return list(by_id.values())
 
     async def _hold(self, routes: Routes) -> bool:
         """Whether the routes are those of this moment, and so were those of every question before; else learn them."""

@@ -68,18 +68,22 @@ class Routes:
         return DEFAULT if route is None else route.table
 
     def places_of(self, object_id: str) -> tuple[str, ...]:
-        """The tables that the id may be in, the one it belongs to last."""
+        """The tables that the id may be in, in the order of ``tables``, in which everybody locks them.
+
+        PostgreSQL locks them in the order of a statement, and a migration that came from the other end would be a
+        deadlock.
+        """
         route = self.route_of(object_id)
         if route is None:
             return (DEFAULT,)
-        return (*self.others(route.table), route.table) if route.moving else (route.table,)
+        return self.tables if route.moving else (route.table,)
 
     def others(self, table: str) -> tuple[str, ...]:
         """All tables but this one."""
         return tuple(other for other in self.tables if other != table)
 
     def places_under(self, prefix: str) -> tuple[str, ...]:
-        """The tables that ids of this prefix may be in, in the order of ``tables``: so does a migration take them."""
+        """The tables that ids of this prefix may be in, in the same order."""
         if not self.by_prefix:
             return (DEFAULT,)
         routes = [route for route in self.by_prefix.values() if route.prefix.startswith(prefix)]
@@ -98,6 +102,13 @@ class Routes:
         for id_ in ids:
             found.setdefault(self.places_of(id_), []).append(id_)
         return dict(found)
+
+    def by_home(self, ids: Iterable[str]) -> dict[str, list[str]]:
+        """The ids by the table that they belong to, in the order of ``tables``."""
+        found: dict[str, list[str]] = {}
+        for id_ in ids:
+            found.setdefault(self.home_of(id_), []).append(id_)
+        return {table: found[table] for table in self.tables if table in found}
 
     def __repr__(self) -> str:
         told = ", ".join(f"{r.prefix!r} -> {r.table}{' (moving)' * r.moving}" for r in self.by_prefix.values())

@@ -283,7 +283,7 @@ _PASSING: Final = {
 
 _PASSING_OF_DISKS: Final = frozenset({errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EMFILE, errno.ENFILE})
 
-_MISSING: Final = ("no such table", "no such column", "has no column named")
+_MISSING: Final = ("no such table", "no such column", "has no column named", "no such index")
 """Somebody changed the tables, as the other databases say with a code of its own."""
 
 

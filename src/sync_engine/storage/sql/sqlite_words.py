@@ -64,6 +64,8 @@ class SqliteWords(Words):
     counts_writes = True
     most = "max"
     least = "min"
+    # Where ANALYZE has found most rows dirty, all of them would be read rather than the flags.
+    flag_hint = " INDEXED BY $index"
     for_update = ""  # who writes is alone
 
     def upsert(self, rows: Sequence[Sequence[Value]]) -> Said:

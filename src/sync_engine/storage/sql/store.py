@@ -1,20 +1,19 @@
-"""What L3 does, whatever the database: the verbs, the writers, and who owns a transaction."""
+"""What L3 does, whatever the database: the verbs. Who answers them is in the files beside this one."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from functools import partial
-from typing import Any, Final, TypeVar
+from typing import Final
 from uuid import uuid4
 
 from sync_engine.clock import SystemClock
-from sync_engine.errors import ConfigError, Corruption, InvalidItem, TierUnavailable
+from sync_engine.errors import ConfigError, Corruption, InvalidItem
 from sync_engine.item import Op, SyncItem, check_id, check_state
-from sync_engine.ports import Applied, BatchWriteResult, Changes, Clock, Fetched, together
+from sync_engine.ports import Applied, BatchWriteResult, Changes, Clock, Fetched
 from sync_engine.schema import check_schema
 from sync_engine.storage.sql import history
-from sync_engine.storage.sql.apply import apply_ops, shared_out
 from sync_engine.storage.sql.connect import database_of
 from sync_engine.storage.sql.dialect import Database, Session
 from sync_engine.storage.sql.dirty import call_clean, count_dirty, dirty_ids, dirty_prefixes, dirty_rows
@@ -27,10 +26,9 @@ from sync_engine.storage.sql.rows import item_of
 from sync_engine.storage.sql.schemas import Schemas
 from sync_engine.storage.sql.verify import Verification, verify
 from sync_engine.storage.sql.words import Words
+from sync_engine.storage.sql.writers import Writers
 
 __all__ = ["SqlStore"]
-
-_T = TypeVar("_T")
 
 CLEANED_AT_ONCE: Final = 1_000
 """Rows that one transaction calls clean: it holds what writers wait for."""
@@ -68,11 +66,10 @@ class SqlStore:
         self._readers = [Lane(database) for _ in range(READERS)]
         self._questions = Questions(self._readers, router)
         self._rows = self._questions.rows
-        self._clock = clock
         self._router = router
+        self._writing = Writers(self._writers, router, clock)
         self._schemas = Schemas(database, router, clock)
         self._words = router.words()
-        self._tasks: set[asyncio.Task[Any]] = set()
         self._closing: asyncio.Task[None] | None = None
 
     @classmethod
@@ -108,7 +105,7 @@ class SqlStore:
         writers = 1 if database.one_writer else write_concurrency
         store = cls(database, session, clock, router, tables_made, writers)
         if routes.moving:
-            store._run(store._schemas.resume())
+            store._writing.run(store._schemas.resume())
         return store
 
     # The port: many ids first, facts back.
@@ -136,7 +133,7 @@ class SqlStore:
         that differs from ``if_version`` is refused, and the rest goes through. If this raises, the outcome is
         unknown; applying the batch again is safe.
         """
-        return await self._apply(ops)
+        return await self._writing.apply(ops)
 
     async def list_state_ids(self, state: str, limit: int = 1000, *, after: str | None = None) -> list[str]:
         """Ids in the state, ascending, those greater than ``after``."""
@@ -202,9 +199,7 @@ class SqlStore:
 
     async def note_late(self, at_ms: int, stamp: int, /) -> None:
         """Remember durably that from this moment on a cache is given an operation of this old stamp."""
-        await self._owned(
-            lambda: self._writers[0].transaction(lambda own: history.note_late(own, self._words, at_ms, stamp))
-        )
+        await self._writing.transaction(lambda own: history.note_late(own, self._words, at_ms, stamp))
 
     async def late_since(self, at_ms: int, /) -> int | None:
         """The oldest stamp noted as late at that moment or after it."""
@@ -220,11 +215,12 @@ class SqlStore:
         of this name is none of items.
         """
         checked = check_schema(name, prefixes)
-        return await self._owned(lambda: self._schemas.register(name, checked))
+        return await self._writing.owned(lambda: self._schemas.register(name, checked))
 
     async def close(self) -> None:
         """Finish what runs, then close the connections. Safe to call twice."""
         if self._closing is None:
+            self._writing.stop()
             self._questions.stop()
             self._schemas.stop()
             self._closing = asyncio.get_running_loop().create_task(self._close())
@@ -254,7 +250,7 @@ class SqlStore:
         """Store items as ``apply`` does; of several with one id the last counts. ``failed`` maps id to reason."""
         batch_id = str(uuid4())
         ops = {item.object_id: _put(item) for item in items}
-        applied = await self._apply(list(ops.values()), batch_id)
+        applied = await self._writing.apply(list(ops.values()), batch_id)
         return BatchWriteResult(
             batch_id=batch_id,
             written=len(ops) - len(applied.superseded) - len(applied.refused),
@@ -299,7 +295,7 @@ class SqlStore:
         """Ids of dirty rows that start with the prefix, ascending by code point, those greater than ``after``.
 
         A row is dirty from any write that changed its content or version until ``mark_clean``. Go on with ``after``:
-        more than 1,000 dirty rows are found by passing the clean ones between them (docs/limits.md).
+        more than 20,000 dirty rows are found by passing the clean ones between them (docs/limits.md).
         """
         check_text("prefix", prefix)
         after = check_text("after", after or "")
@@ -326,7 +322,7 @@ class SqlStore:
     async def list_dirty_prefixes(self, limit: int = 1000, *, after: str | None = None) -> list[str]:
         """What dirty ids have before their first dot, or are where they have none: each once, ascending, > ``after``.
 
-        Costs a short statement per prefix, or per hundred of them; over 1,000 dirty rows are found past the clean ones.
+        Over 20,000 dirty rows cost a short statement per prefix, or per hundred of them, past the clean ones.
         """
         after = None if after is None else check_text("after", after)
         return await dirty_prefixes(self._questions, self._router, check_limit(limit), after)
@@ -341,7 +337,8 @@ class SqlStore:
         processed = _items(items)
         cleaned = 0
         for start in range(0, len(processed), CLEANED_AT_ONCE):
-            cleaned += await self._owned(partial(self._call_clean, processed[start : start + CLEANED_AT_ONCE]))
+            some = processed[start : start + CLEANED_AT_ONCE]
+            cleaned += await self._writing.transaction(partial(call_clean, router=self._router, processed=some))
         return cleaned
 
     async def verify_batch(self, items: Iterable[SyncItem]) -> Verification:
@@ -360,50 +357,17 @@ class SqlStore:
 
     def __repr__(self) -> str:
         condition = "open" if self._closing is None else "closed"
-        return f"<SqlStore {self._database!r} {condition} | {len(self._tasks)} writes running>"
+        return f"<SqlStore {self._database!r} {condition} | {len(self._writing.tasks)} writes running>"
 
     # How.
-
-    async def _call_clean(self, processed: Sequence[SyncItem]) -> int:
-        return await self._writers[0].transaction(lambda own: call_clean(own, self._router, processed))
 
     def _dirty(self, prefix: str, after: str | None, limit: int | None) -> AsyncIterator[SyncItem | Corruption]:
         after = check_text("after", after or "")
         return dirty_rows(self._questions, self._router, check_text("prefix", prefix), after, limit)
 
-    async def _apply(self, ops: Sequence[Op], batch_id: str | None = None) -> Applied:
-        if not ops:
-            return Applied()
-        now_ms, router = self._clock.now_ms(), self._router
-
-        async def applied(writer: Lane, share: Sequence[Op]) -> Applied:
-            return await writer.transaction(lambda own: apply_ops(own, router, share, now_ms, batch_id))
-
-        shares = shared_out(ops, len(self._writers))
-        if len(shares) == 1:
-            return await self._owned(lambda: applied(self._writers[0], ops))
-        work = [self._owned(partial(applied, *each)) for each in zip(self._writers, shares, strict=False)]
-        answers = await asyncio.gather(*work, return_exceptions=True)
-        failures = [answer for answer in answers if isinstance(answer, BaseException)]
-        for failure in sorted(failures, key=lambda each: not isinstance(each, TierUnavailable)):
-            raise failure  # one that passes first: what was refused is refused again
-        return together([answer for answer in answers if isinstance(answer, Applied)])
-
-    async def _owned(self, work: Callable[[], Coroutine[Any, Any, _T]]) -> _T:
-        """Run to the end whatever becomes of the caller: half a transaction would hold the lock for ever."""
-        if self._closing is not None:
-            raise TierUnavailable(self.name, "the store is closed")
-        return await asyncio.shield(self._run(work()))
-
-    def _run(self, work: Coroutine[Any, Any, _T]) -> asyncio.Task[_T]:
-        task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return task
-
     async def _close(self) -> None:
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        for lane in (*self._writers, *self._readers):
+        await self._writing.close()
+        for lane in self._readers:
             await lane.close()
         await self._database.close()
 

@@ -1,4 +1,4 @@
-"""The texts of the statements, each with a title and its reason; words.py puts names and values into them."""
+"""The texts of the statements, each with a title and its reason; texts.py puts names into them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from typing import Final
 
 __all__ = [
     "AGES",
-    "ANY_DIRTY",
     "ARRIVED",
     "BEFORE_WRITING",
     "BURIED",
@@ -16,16 +15,16 @@ __all__ = [
     "CLEAN",
     "COUNT",
     "COUNT_DIRTY",
+    "COUNT_OF",
     "COUNT_RANGE",
     "COUNT_STATE",
     "DELETE",
-    "DIRTY",
-    "DIRTY_RANGES",
-    "DIRTY_SUMS",
     "EXHUME",
     "EXISTING",
     "FETCH",
+    "FLAGGED",
     "FLAGS",
+    "FLAGS_SET",
     "FORGET_LATE",
     "HELD",
     "IDS_DIRTY",
@@ -41,6 +40,7 @@ __all__ = [
     "READ_META",
     "ROUTE",
     "ROUTES",
+    "SORTED",
     "STAMPS",
     "TAKE",
     "UNROUTE",
@@ -174,20 +174,24 @@ IDS_IN_RANGE: Final = "SELECT id FROM $items WHERE $range ORDER BY id LIMIT ?"
 COUNT_RANGE: Final = "SELECT count(*) FROM $items WHERE $range"
 """How many rows are in a range of ids."""
 
-# + 0: the index of the flag does not know the ids. Along the primary key no page has to be sorted. Not "= 1", which
-# PostgreSQL takes for one row in 200, and so for a reason to read and sort the whole table for every page.
-DIRTY_RANGES: Final = {shape: f"merkle_dirty + 0 <> 0 AND {bounds}" for shape, bounds in RANGES.items()}
+# A row is dirty where its flag is 1. Each database says so in its way to its index ($dirty) or past it ($dirty_along).
 
-DIRTY: Final = "SELECT $columns FROM $items$hint WHERE $range ORDER BY $order LIMIT ?"
-"""A page of the dirty rows in a range of ids."""
+IDS_DIRTY: Final = "SELECT id FROM $items$dirty_hint WHERE $dirty_along AND $range ORDER BY $dirty_order LIMIT ?"
+"""A page of the ids of dirty rows, along whatever has ids in order."""
 
-IDS_DIRTY: Final = "SELECT id FROM $items$hint WHERE $range ORDER BY $order LIMIT ?"
-"""A page of their ids."""
+FLAGGED: Final = "SELECT id FROM $items$flag_hint WHERE $dirty AND $range ORDER BY merkle_dirty LIMIT ?"
+"""Ids of dirty rows in a range, as the index of the flag has them. Ordered by what all have alike, for its sake."""
 
-ANY_DIRTY: Final = "SELECT id FROM $items WHERE merkle_dirty > 0 ORDER BY merkle_dirty LIMIT ?"
-"""Some ids of dirty rows, wherever they are. Ordered by what all have alike, for the sake of the index."""
+SORTED: Final = """\
+WITH found AS ($found)
+SELECT NULL, count(*) FROM found UNION ALL SELECT id, 0 FROM (SELECT id FROM found ORDER BY id LIMIT ?) AS page"""
+"""A page of these, and without an id how many they were: a page of too many would have gaps."""
 
-COUNT_DIRTY: Final = "SELECT count(*) FROM $items$hint WHERE $range"
+FLAGS_SET: Final = "SELECT merkle_dirty FROM $items$flag_hint WHERE $dirty ORDER BY merkle_dirty LIMIT ?"
+"""As many flags as are set, up to a limit; the index knows them without the rows."""
+
+COUNT_OF: Final = "SELECT count(*) FROM ($found) AS found"
+"""How many these are."""
+
+COUNT_DIRTY: Final = "SELECT count(*) FROM $items$dirty_hint WHERE $dirty AND $range"
 """How many dirty rows are in a range of ids."""
-
-DIRTY_SUMS: Final = {shape: f"merkle_dirty = 1 AND {bounds}" for shape, bounds in RANGES.items()}

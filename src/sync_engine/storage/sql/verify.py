@@ -44,7 +44,11 @@ async def verify(
     buried_stamps: Callable[[Sequence[str]], Awaitable[dict[str, int]]],
     items: Iterable[SyncItem],
 ) -> Verification:
-    """``SqlStore.verify_batch``."""
+    """``SqlStore.verify_batch``.
+
+    Tombstones are asked for behind the rows, of what has none: usually nothing, and in one statement with the rows a
+    tombstone would look like the row of an id whose table is not known yet (``Questions.of_rows``).
+    """
     wanted = {item.object_id: item for item in items}
     held = {id_: _Held(*facts) for id_, *facts in await questions.by_ids(Words.held, list(wanted))}
     if hashless := [id_ for id_, facts in held.items() if not facts.payload_hash]:

@@ -1,25 +1,21 @@
-"""The statements of the store about its tables of items, with their values, each text built once per tables and size.
-
-It is built when it is first asked for: with a hundred tables most are never asked, and all of them take 20 ms.
+"""The statements of the store about its tables of items, with their values.
 
 A text is written once, for all databases, where they agree (titles.py); a database says what it says differently
-(``*_words.py``). Values are always bound: ``?`` stands for one until the database puts its own mark there. ``$items``
-and the like stand for a table name of tables.py or of a checked schema, and for constants, the only things ever put
-into a text. Times are epoch milliseconds.
+(``*_words.py``). How it is made for several tables is in texts.py. Times are epoch milliseconds.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from string import Template
-from typing import ClassVar, Final, NamedTuple, TypeVar
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import ClassVar, Final, TypeVar
 
 from sync_engine.storage.sql import titles
 from sync_engine.storage.sql.rows import Value
-from sync_engine.storage.sql.tables import index_name
+from sync_engine.storage.sql.texts import Said, Texts, power_of_two
 
-__all__ = ["FORGOTTEN", "ROUTES_VERSION", "Said", "Words", "padded", "power_of_two", "repeated"]
+__all__ = ["FORGOTTEN", "ROUTES_VERSION", "Said", "Words"]
 
 T = TypeVar("T")
 
@@ -30,16 +26,7 @@ ROUTES_VERSION: Final = "routes"
 """Name of another: it grows with every change of a route."""
 
 
-class Said(NamedTuple):
-    """A statement and the values bound in it; PostgreSQL binds whole columns."""
-
-    text: str
-    values: Sequence[Value | Sequence[Value]] = ()
-    copied: Sequence[Sequence[Value]] = ()
-    """Rows that PostgreSQL is sent first, into a table of the connection's own from which the statement takes them."""
-
-
-class Words(ABC):
+class Words(Texts):
     """The statements about tables of items, usually one.
 
     What reads asks all of them in one statement, which sees every row once, wherever it is being moved. Writing, and
@@ -48,10 +35,6 @@ class Words(ABC):
 
     rows_max: ClassVar[int]
     """Most rows of one upsert."""
-    ids_per_table: ClassVar[int]
-    """Most ids one statement asks a table for."""
-    columns: ClassVar[str]
-    """What a ``Row`` is made of."""
     counts_writes: ClassVar[bool]
     """Whether the number of rows that an upsert reports is the number that it wrote."""
     most: ClassVar[str] = "GREATEST"
@@ -59,24 +42,13 @@ class Words(ABC):
     note: ClassVar[str] = titles.NOTE
     changed_rows: ClassVar[str] = titles.CHANGED_ROWS
     changed_deletes: ClassVar[str] = titles.CHANGED_DELETES
-    dirty_ranges: ClassVar[Mapping[tuple[bool, bool], str]] = titles.DIRTY_RANGES
-    dirty_sums: ClassVar[Mapping[tuple[bool, bool], str]] = titles.DIRTY_SUMS
-    dirty_hint: ClassVar[str] = ""
-    """Which index finds dirty rows, where the database has to be told."""
-    dirty_order: ClassVar[str] = "id"
     dirty_in_order: ClassVar[bool] = False
-    """Whether that index has them in order of ids, so that a page costs the same however many clean rows there are."""
+    """Whether the index of the flag has ids in order: then a page costs the same however many clean rows there are."""
     for_update: ClassVar[str] = " FOR UPDATE"
     """Rows that are read stay as they are until the transaction ends, whoever writes."""
     before_writing: ClassVar[Said] = Said(titles.BEFORE_WRITING)
     routes: ClassVar[Said] = Said(titles.ROUTES)
     arrived: ClassVar[Said] = Said(titles.ARRIVED)
-
-    def __init__(self, *tables: str) -> None:
-        self.tables = tables
-        self._many = len(tables)
-        self.ids_max = max(1, self.ids_per_table // self._many)
-        self._texts: dict[tuple[str, object], str] = {}
 
     # Of ids.
 
@@ -149,8 +121,7 @@ class Words(ABC):
 
     @property
     def newest_stamps(self) -> Said:
-        each = [*self._each(titles.NEWEST_STAMP), titles.NEWEST_BURIED]
-        return Said(" UNION ALL ".join(each))
+        return Said(self._once(titles.NEWEST_STAMP, self._newest))
 
     def meta(self, name: str) -> Said:
         return Said(self._once(titles.READ_META, self._text), (name,))
@@ -193,17 +164,20 @@ class Words(ABC):
     def count_range(self, shape: tuple[bool, bool], bounds: Sequence[str]) -> Said:
         return Said(self._ranged(titles.COUNT_RANGE, self._sum, shape), tuple(bounds) * self._many)
 
-    def dirty(self, shape: tuple[bool, bool], bounds: Sequence[str], limit: int) -> Said:
-        return self._paged(self._ranged(titles.DIRTY, self._page, shape, self.dirty_ranges), bounds, limit)
-
     def ids_dirty(self, shape: tuple[bool, bool], bounds: Sequence[str], limit: int) -> Said:
-        return self._paged(self._ranged(titles.IDS_DIRTY, self._page, shape, self.dirty_ranges), bounds, limit)
+        return self._paged(self._ranged(titles.IDS_DIRTY, self._page, shape), bounds, limit)
+
+    def ids_sorted(self, shape: tuple[bool, bool], bounds: Sequence[str], limit: int, most: int) -> Said:
+        """The same page from the flags, of which there should be less than ``most``: see ``titles.SORTED``."""
+        text = self._ranged(titles.FLAGGED, partial(self._of_some, titles.SORTED), shape)
+        return Said(text, (*self._some(bounds, most), limit))
+
+    def flags_set(self, most: int) -> Said:
+        """How many rows are dirty, if they are less than ``most``."""
+        return Said(self._once(titles.FLAGS_SET, partial(self._of_some, titles.COUNT_OF)), self._some((), most))
 
     def count_dirty(self, shape: tuple[bool, bool], bounds: Sequence[str]) -> Said:
-        return Said(self._ranged(titles.COUNT_DIRTY, self._sum, shape, self.dirty_sums), tuple(bounds) * self._many)
-
-    def any_dirty(self, most: int) -> Said:
-        return self._paged(self._once(titles.ANY_DIRTY, self._page), (), most)
+        return Said(self._ranged(titles.COUNT_DIRTY, self._sum, shape), tuple(bounds) * self._many)
 
     def weighed(self, shape: tuple[bool, bool], bounds: Sequence[str], limit: int) -> Said:
         return self._paged(self._ranged(titles.WEIGHED, self._page, shape), bounds, limit)
@@ -220,93 +194,8 @@ class Words(ABC):
     def _changed_from(self, stamp: int, id_: str, limit: int) -> tuple[Value, ...]:
         return stamp, id_
 
-    def mark(self, number: int) -> str:
-        """What stands for the bound value of this number, from 1 on, in a text made elsewhere."""
-        return "?"
-
-    def _marked(self, text: str) -> str:
-        return text
-
-    def _once(self, title: str, build: Callable[[str], str], of: object = None) -> str:
-        """The text of a title as ``build`` makes it, of this size or shape."""
-        try:
-            return self._texts[title, of]
-        except KeyError:
-            text = self._texts[title, of] = build(title)
-            return text
-
-    def _text(self, title: str, **parts: str) -> str:
-        return self._marked(self._each(title, **parts)[-1])
-
-    def _each(self, title: str, **parts: str) -> list[str]:
-        """The text about each table."""
-        return [
-            Template(title).substitute(
-                items=table,
-                index=index_name(table, "stamp"),
-                hint=self.dirty_hint.replace("$index", index_name(table, "merkle_dirty")),
-                order=self.dirty_order,
-                columns=self.columns,
-                **parts,
-            )
-            for table in self.tables
-        ]
-
-    def _page(self, title: str, **parts: str) -> str:
-        """A page of each table, merged by id; the one of a single table is said as it is."""
-        each = self._each(title, **parts)
-        if len(each) == 1:
-            return self._marked(each[0])
-        merged = " UNION ALL ".join(f"SELECT * FROM ({text}) AS page{at}" for at, text in enumerate(each))  # noqa: S608
-        return self._marked(f"{merged} ORDER BY 1 LIMIT ?")
-
-    def _paged(self, text: str, values: Sequence[Value], limit: int) -> Said:
-        own = (*values, limit)
-        return Said(text, own if self._many == 1 else (*own * self._many, limit))
-
-    def _sum(self, title: str, **parts: str) -> str:
-        each = self._each(title, **parts)
-        return self._marked(each[0] if len(each) == 1 else f"SELECT {' + '.join(f'({text})' for text in each)}")
-
-    def _ranged(
-        self,
-        title: str,
-        build: Callable[..., str],
-        shape: tuple[bool, bool],
-        ranges: Mapping[tuple[bool, bool], str] = titles.RANGES,
-    ) -> str:
-        return self._once(title, lambda title: build(title, range=ranges[shape]), shape)
+    def _newest(self, title: str) -> str:
+        return self._marked(" UNION ALL ".join([*self._each(title), titles.NEWEST_BURIED]))
 
     def _changed(self, title: str) -> str:
         return self._marked(" UNION ALL ".join([*self._each(title), self.changed_deletes]) + titles.CHANGED_ORDER)
-
-    def _among(self, title: str, ids: Sequence[str]) -> Said:
-        bound = padded(ids, self.ids_max)
-        size = len(bound)
-        text = self._once(title, lambda title: self._of_ids(title, f"IN ({repeated('?', size)})"), size)
-        return Said(text, bound * self._many)
-
-    def _of_ids(self, title: str, among: str) -> str:
-        return self._marked(" UNION ALL ".join(self._each(title, among=among)))
-
-    def _of_rows(self, title: str, row: str, size: int, between: str = ", ") -> str:
-        return self._once(title, lambda title: self._text(title, rows=between.join([row] * size)), size)
-
-
-def padded(values: Sequence[T], most: int) -> list[T]:
-    """At most so many values, filled up to a power of two or the most by repeating the last.
-
-    Sizes come from a short list, so that few texts exist and a driver's statement cache knows them all.
-    """
-    size = min(most, 1 << (len(values) - 1).bit_length())
-    return [*values, *([values[-1]] * (size - len(values)))]
-
-
-def power_of_two(most: int) -> int:
-    """The largest that is not above ``most``."""
-    return 1 << most.bit_length() - 1
-
-
-def repeated(mark: str, size: int) -> str:
-    """A list of so many marks."""
-    return ", ".join([mark] * size)
