@@ -148,7 +148,11 @@ class Lane:
             held = await self.tier.exists_batch([op.object_id for op in erase])
             erase = [op for op, there in zip(erase, held, strict=True) if there or op.object_id in plan.outvoted]
         ops = sorted(plan.ops + erase, key=lambda op: op.object_id) if erase else plan.ops
-        return await self._isolating(ops) if ops else Applied()
+        if not ops:
+            return Applied()
+        applied = await self._isolating(ops)
+        self.retries.answered()  # once, as a failure of the whole batch is one: halves do not earn more
+        return applied
 
     async def _isolating(self, ops: Sequence[Op]) -> Applied:
         """Apply; where the tier refuses a batch as a whole, halve it until the refused operation is alone.
