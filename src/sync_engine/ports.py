@@ -352,15 +352,16 @@ class Journal(Protocol):
         """Operations of unsettled records, read back from disk, in input order."""
         ...
 
-    def relieve(self, *, past_the_log: bool = ...) -> None:
-        """Somebody without whom nothing is settled has no room on his disk: give up what is held back for him.
-
-        ``past_the_log``: he may need it for what no record waits for, until ``relieved``.
-        """
+    def relieve_until_settled(self) -> None:
+        """Somebody without whom a record is not settled has no room on his disk: give up what is held back for him."""
         ...
 
-    def relieved(self) -> None:
-        """He has got through with something: what is held back may be had back."""
+    def relieve_until_drained(self) -> None:
+        """The same for a tier, which may need it for what no record waits for as well: until ``drained``."""
+        ...
+
+    def drained(self) -> None:
+        """That tier has nothing more to take: what is held back is wanted for no more than what is not settled."""
         ...
 
 

@@ -70,6 +70,7 @@ def writing(
         stamps=stamps,
         gate=gate,
         commits=Commits(journal, gate=gate, pending=pending, shown=shown, route=route),
+        filing=filing,
         pending=pending,
         shown=shown,
         route=route,

@@ -620,7 +620,7 @@ async def test_the_reserve_is_given_up_for_others_and_nothing_accepted_until_it_
             records += written
         assert reserve.stat().st_blocks * 512 == reserve.stat().st_size == RESERVE
         assert not log.full, "there is no more to give to the log itself"
-        log.relieve()
+        log.relieve_until_settled()
         await until(lambda: not reserve.exists())
         assert log.full
         for _ in range(3):

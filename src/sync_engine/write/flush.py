@@ -77,6 +77,10 @@ class Carrier(Protocol):
         """A tier has no room on its disk to take anything."""
         ...
 
+    def drained(self, lane: Lane, /) -> None:
+        """Nothing waits for this lane's tier any more."""
+        ...
+
 
 class Lane:
     """The only writer of one tier.
@@ -124,6 +128,9 @@ class Lane:
                 await self._carrier.passed(self, batch, plan, applied)
                 batch = spared
             self.batcher.done(count)
+            # Not after each batch: what waits behind it may need as much room on the tier's disk.
+            if not self.batcher:
+                self._carrier.drained(self)
 
     async def _flush(self, batch: Sequence[Entry]) -> tuple[Plan, Applied]:
         """Apply one batch, as often as it takes: applying it again changes nothing."""

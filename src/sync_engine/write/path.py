@@ -12,12 +12,13 @@ from collections.abc import Sequence, Set
 from msgspec.structs import force_setattr
 
 from sync_engine.clock import Stamps
-from sync_engine.errors import NotRunning
+from sync_engine.errors import DiskFull, NotRunning
 from sync_engine.item import Op
 from sync_engine.options import Ack
 from sync_engine.ports import Logged
 from sync_engine.pressure import Bands, Gate, Level
 from sync_engine.write.commits import Commits
+from sync_engine.write.filing import Filing
 from sync_engine.write.flush import Lane
 from sync_engine.write.pending import Entry, PendingIndex
 from sync_engine.write.route import Route
@@ -35,6 +36,7 @@ class WritePath:
         stamps: Stamps,
         gate: Gate,
         commits: Commits,
+        filing: Filing,
         pending: PendingIndex,
         shown: Shown,
         route: Route,
@@ -44,6 +46,7 @@ class WritePath:
         self._stamps = stamps
         self._gate = gate
         self._commits = commits
+        self._filing = filing
         self._pending = pending
         self._shown = shown
         self._route = route
@@ -83,7 +86,13 @@ class WritePath:
         if not logged:
             self._commits.bypass(entries)
         elif (durable := self._commits.append(entries, in_memory=ack is Ack.MEMORY)) is not None:
-            await durable
+            try:
+                await durable
+            except DiskFull:
+                # While nothing is accepted no batch comes by to file what found no room in the quarantine; and as long
+                # as its record stays, the log wants twice the room to accept anything.
+                await self._filing.again()
+                raise
         if ack is Ack.STORED:
             await self.settled(entries)
         return entries
