@@ -135,14 +135,14 @@ async def build(
         writes, refusals = writing(
             config,
             clock,
-            stamps,
-            journal,
-            pending,
-            quarantine,
-            reader,
-            truth,
-            redis,
-            cast(Cache | None, l2),
+            stamps=stamps,
+            journal=journal,
+            pending=pending,
+            quarantine=quarantine,
+            view=reader,
+            sql=truth,
+            redis=redis,
+            l2=cast(Cache | None, l2),
             told=stream is not None,
         )
         recovered = len(journal.recovered) if journal is not None else 0

@@ -18,6 +18,7 @@ from sync_engine.item import Op, SyncItem
 
 __all__ = [
     "PATIENT",
+    "READS",
     "WRITES",
     "Applied",
     "BatchWriteResult",
@@ -312,6 +313,14 @@ class Cache(Tier, Protocol):
         """
         ...
 
+
+# What the wrappers of a tier have to know of its verbs, by name.
+
+READS: Final = frozenset(
+    {"fetch", "exists_batch", "list_state_ids", "count_by_state", "scan_prefix", "get_by_state", "list_prefix_ids"}
+    | {"count_prefix"}
+)
+"""Verbs that tell readers what a tier holds: of a cache that is not believed their answers do not count."""
 
 WRITES: Final = frozenset({"apply", "evict", "healed", "marks", "note_late", "tell"})
 """Verbs of a tier that no reader waits for: they are left more time than the others."""

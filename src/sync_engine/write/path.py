@@ -28,7 +28,11 @@ __all__ = ["WritePath"]
 
 
 class WritePath:
-    """Takes drafts of operations to the tiers, in stamp order per id; ``truth`` and ``cache`` empty the route."""
+    """The entrance of the write side: it admits, stamps and hands over, and waits for callers who want to.
+
+    The log's answers are for ``Commits``, the order of tiers for ``Route``, what readers see for ``Shown``; the lanes
+    ``truth`` and ``cache`` empty the route, and ``Passing`` and ``Filing`` see to what their tiers answer.
+    """
 
     def __init__(
         self,
