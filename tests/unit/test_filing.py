@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -102,6 +103,18 @@ async def test_what_finds_no_room_stays_in_the_log_until_it_is_on_file(quarantin
     assert (await on_file(quarantine), log.settled) == ([("a", 1), ("b", 2)], [1, 2])
     await filing.again()
     assert log.settled == [1, 2]
+
+
+async def test_a_crowd_whose_writes_are_refused_tries_the_disk_once(quarantine: Crowded) -> None:
+    log = Log()
+    filing = Filing(quarantine, log)
+    quarantine.full = True
+    await filing.refused(entry("a", 1), "l3", "no")
+    await asyncio.gather(*(filing.again_for_one() for _ in range(20)))
+    assert log.relieved == 2, "one of them has tried"
+    quarantine.full = False
+    await asyncio.gather(*(filing.again_for_one() for _ in range(20)))
+    assert (await on_file(quarantine), log.settled) == ([("a", 1)], [1])
 
 
 async def test_what_no_log_holds_and_no_file_is_lost_with_the_process_and_not_waited_for(quarantine: Crowded) -> None:

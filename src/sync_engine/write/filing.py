@@ -22,6 +22,7 @@ class Filing:
         self._quarantine = quarantine
         self._journal = journal
         self._unfiled: list[tuple[Op, Logged]] = []  # refused, and the quarantine could not be written
+        self._retrying = False
 
     async def refused(self, entry: Entry, tier: str, reason: str) -> None:
         """File this operation, for later if it must be."""
@@ -60,6 +61,15 @@ class Filing:
             if (op, logged) in self._unfiled:  # the other lane may have been here meanwhile
                 self._unfiled.remove((op, logged))
                 self._journal.settle([logged.seq])
+
+    async def again_for_one(self) -> None:
+        """``again``, unless somebody has come here for it: whose writes are refused come in crowds."""
+        if not self._retrying:
+            self._retrying = True
+            try:
+                await self.again()
+            finally:
+                self._retrying = False
 
     def _relieve(self) -> None:
         """The disk has no room; it may be the log's, which has some left for whoever lets it settle."""

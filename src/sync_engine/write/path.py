@@ -95,7 +95,7 @@ class WritePath:
             except DiskFull:
                 # While nothing is accepted no batch comes by to file what found no room in the quarantine; and as long
                 # as its record stays, the log wants twice the room to accept anything.
-                await self._filing.again()
+                await self._filing.again_for_one()
                 raise
         if ack is Ack.STORED:
             await self.settled(entries)
