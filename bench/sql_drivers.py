@@ -81,11 +81,8 @@ class Unnest4000(Unnest):
     chunk = 4_000
 
 
-class PsycopgUnnest(Driven):
-    """psycopg 3 and arrays in binary form."""
-
-    title = "psycopg, unnest of 1,000 rows"
-    chunk = 1_000
+class Psycopg(Driven):
+    """A connection of psycopg 3."""
 
     async def _connected(self, asked: dict[str, Any]) -> Any:
         import psycopg
@@ -98,6 +95,17 @@ class PsycopgUnnest(Driven):
             autocommit=True,
         )
 
+    async def verify(self) -> None:
+        await self._connection.close()
+        await super().verify()
+
+
+class PsycopgUnnest(Psycopg):
+    """psycopg 3 and arrays in binary form."""
+
+    title = "psycopg, unnest of 1,000 rows"
+    chunk = 1_000
+
     async def run(self) -> None:
         said = insert_or_update(NAMES, unnest(TYPES, lambda _: "%b"))
         async with self._connection.transaction():
@@ -108,12 +116,8 @@ class PsycopgUnnest(Driven):
                     prepare=True,
                 )
 
-    async def verify(self) -> None:
-        await self._connection.close()
-        await super().verify()
 
-
-class PsycopgCopyMerge(PsycopgUnnest):
+class PsycopgCopyMerge(Psycopg):
     """psycopg's binary COPY into a temporary table, and one statement that merges it."""
 
     title = "psycopg, binary COPY and merge"

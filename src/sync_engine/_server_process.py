@@ -18,12 +18,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TypeVar
+from typing import Self
 
 from sync_engine._child import Child
 from sync_engine.errors import NotRunning
 
-__all__ = ["ENDED_WITHIN_S", "LOG_TAIL_BYTES", "ServerProcess", "free_port"]
+__all__ = ["ENDED_WITHIN_S", "LOG_TAIL_BYTES", "ServerProcess", "Startable", "free_port"]
 
 STARTS_MAX = 5
 """A free port can be taken by somebody else between our look and the server's bind."""
@@ -35,10 +35,29 @@ server that was killed finds its port free again."""
 
 _CHANCE = random.SystemRandom()  # two processes with one seed would look for the same ports
 
-S = TypeVar("S", bound="ServerProcess")
+
+class Startable(ABC):
+    """What is started and stopped: by calls, or by ``async with``."""
+
+    @abstractmethod
+    async def start(self) -> None:
+        """Start it and wait until it answers; nothing happens if it runs."""
+
+    @abstractmethod
+    async def stop(self) -> None:
+        """End it and remove what it kept for itself."""
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.stop()
 
 
-class ServerProcess(ABC):
+class ServerProcess(Startable):
     """One server, which may be killed and started again; it listens where it did as long as its folder is there."""
 
     _ready_within_s: float
@@ -49,10 +68,6 @@ class ServerProcess(ABC):
         self._log_start = 0  # of what this start has logged
         self._child: Child | None = None
         self._clean_up: weakref.finalize[..., ServerProcess] | None = None
-
-    @abstractmethod
-    async def start(self) -> None:
-        """Start it and wait until it answers; nothing happens if it runs."""
 
     async def stop(self) -> None:
         """End it and remove its private folder."""
@@ -87,15 +102,6 @@ class ServerProcess(ABC):
     def running(self) -> bool:
         """Whether the process exists (a paused one does)."""
         return self._child is not None and self._child.alive
-
-    async def __aenter__(self: S) -> S:
-        await self.start()
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.stop()
 
     @abstractmethod
     async def _not_yet(self) -> str:
@@ -146,7 +152,7 @@ class ServerProcess(ABC):
 
     def _living(self) -> Child:
         if self._child is None or not self._child.alive:
-            raise NotRunning(f"{self!r} is not running")
+            raise NotRunning(f"{type(self).__name__} is not running")
         return self._child
 
     def _discard(self) -> None:

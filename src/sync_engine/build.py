@@ -93,7 +93,7 @@ async def build(
         links = Links([link for link in (truth, redis) if link is not None], config)
         l2 = None if redis is None else Trusted(redis.tier, trust, l3, clock, pending.newest_stamp)
         healing = eviction = None
-        if redis is not None and l3 is not None:
+        if redis is not None and truth is not None and l3 is not None:
             if config.redis_eviction_enabled:
                 eviction = Eviction(
                     trust,
@@ -109,7 +109,7 @@ async def build(
                 redis.tier,
                 l3,
                 clock,
-                retries=redis.retries,
+                retries={"l2": redis.retries, "l3": truth.retries},
                 promotion_ttl_ms=round(config.promotion_ttl * 1000),
                 runs=notes.redis_runs,
                 keep_runs=notes.keep_redis_runs,
@@ -135,14 +135,14 @@ async def build(
         writes, refusals = writing(
             config,
             clock,
-            stamps,
-            journal,
-            pending,
-            quarantine,
-            reader,
-            truth,
-            redis,
-            cast(Cache | None, l2),
+            stamps=stamps,
+            journal=journal,
+            pending=pending,
+            quarantine=quarantine,
+            view=reader,
+            sql=truth,
+            redis=redis,
+            l2=cast(Cache | None, l2),
             told=stream is not None,
         )
         recovered = len(journal.recovered) if journal is not None else 0

@@ -95,6 +95,13 @@ class EmbeddedRedis(ServerProcess):
             self._discard()
             raise
 
+    async def stop(self) -> None:
+        """End the server, in order where it keeps data, and remove its private folder; ``data_dir`` stays.
+
+        Nothing happens if it does not run. Leaving ``async with`` does this too.
+        """
+        await super().stop()
+
     async def restart(self) -> None:
         """End the server in order and start it again: same address, same password, same data if it keeps any."""
         await self._end()

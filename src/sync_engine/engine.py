@@ -319,7 +319,8 @@ class SyncEngine:
         """Change settings at run time, all of them or, where it raises, none; ``config`` shows the new ones.
 
         docs/operations.md says which may change. The others need a restart: ``ConfigError``. Time-outs take new
-        connections: ``TierUnavailable`` where they cannot be had, ``NotRunning`` where the engine is stopped meanwhile.
+        connections: ``TierUnavailable`` where they cannot be had, ``NotRunning`` where the engine is to be stopped
+        meanwhile. Should that stop be cancelled before its turn, the engine works on with the settings that it had.
         An engine that does not run takes all up when it starts.
         """
         async with self._turn:  # not between a start's reading of the settings and its end

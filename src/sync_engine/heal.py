@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from sync_engine.clock import COUNTER_BITS
-from sync_engine.errors import StoreError, SyncEngineError
+from sync_engine.errors import StoreError, SyncEngineError, TierUnavailable
 from sync_engine.item import Op, SyncItem
 from sync_engine.ports import Cache, Clock, Mark, Truth
 from sync_engine.resilience import Retries, RetryPolicy, retrying
@@ -59,7 +59,7 @@ class Healing:
         truth: Truth,
         clock: Clock,
         *,
-        retries: Retries,
+        retries: Mapping[str, Retries],
         promotion_ttl_ms: int,
         runs: Runs,
         keep_runs: Callable[[Runs], Awaitable[None]],
@@ -67,6 +67,7 @@ class Healing:
     ) -> None:
         """``cache`` is asked beside the doubt in it. ``runs``: as ``keep_runs`` was last told, by an earlier engine.
 
+        ``retries``: of each tier by name; an attempt that failed is charged to the tier that the failure names.
         ``coming`` tells the newest stamp of ours for an id, 0 if nothing of ours is under way.
         """
         self._trust = trust
@@ -80,11 +81,12 @@ class Healing:
         self._coming = coming
         self._way: _Way | None = None
         self._told = ""
+        self._failed = ""  # the tier that the last failure named
 
     async def run(self) -> None:
         """Heal whenever it is needed, until cancelled."""
         while True:
-            await retrying(RETRY, self._retries.wait, on=self._passing)(self.heal)
+            await retrying(RETRY, self._wait, on=self._passing)(self.heal)
             await self._look_on()
 
     async def heal(self) -> None:
@@ -101,6 +103,7 @@ class Healing:
             if trust.epoch != epoch:
                 continue
             await self._cache.healed(marks)
+            self._retries["l2"].answered()
             if trust.epoch == epoch:
                 self._runs, self._way, self._told = {mark.place: mark.run for mark in marks}, None, ""
                 trust.regain()
@@ -218,7 +221,13 @@ class Healing:
             level = logging.ERROR if isinstance(failed, StoreError) else logging.WARNING
             log.log(level, "Redis is not read: %s", failed)
         self._told, self._trust.trouble = cause, str(failed)
+        self._failed = failed.tier if isinstance(failed, (TierUnavailable, StoreError)) else ""
         return True
+
+    async def _wait(self, seconds: float) -> None:
+        # Charged to Redis whoever failed, an SQL that is down would have the lane of a Redis that is well wait.
+        retries = self._retries.get(self._failed)
+        await (self._clock.sleep(seconds) if retries is None else retries.wait(seconds))
 
 
 def _as_sent(op: Op, expires_at: int | None) -> Op:

@@ -15,11 +15,11 @@ from sync_engine.late import Late
 from sync_engine.ports import Tier
 from sync_engine.resilience import Breaker, Guarded, Retries
 
-__all__ = ["Fresh", "Link", "Links"]
+__all__ = ["Link", "Links", "Replacements"]
 
 LEAVING: Final = "the engine is being stopped"
 
-GIVE_UP_S = 1.0
+ABANDONED_WITHIN_S = 1.0
 """How long a stop waits for new connections that it has cut short: usually a moment, but a server may say nothing."""
 
 
@@ -36,7 +36,7 @@ class Link:
     settings: frozenset[str]
 
 
-Fresh = Mapping[Link, Tier | None]
+Replacements = Mapping[Link, Tier | None]
 """What takes the place of what is in use; None stands for a tier that is not connected yet."""
 
 
@@ -45,16 +45,16 @@ class Links:
 
     def __init__(self, links: Sequence[Link], config: SyncEngineConfig) -> None:
         self._links = links
-        self._attempt: asyncio.Future[Fresh] | None = None
-        self._given_up: set[asyncio.Task[None]] = set()
+        self._attempt: asyncio.Future[Replacements] | None = None
+        self._abandoned: set[asyncio.Task[None]] = set()
         self._leaving = 0
-        self._bound(config)
+        self._set_deadlines(config)
 
     def breaker(self, name: str) -> Breaker:
         """The breaker of the tier of that name."""
         return next(link.tier.breaker for link in self._links if link.tier.name == name)
 
-    async def reconnect(self, config: SyncEngineConfig, changed: Set[str]) -> Fresh:
+    async def reconnect(self, config: SyncEngineConfig, changed: Set[str]) -> Replacements:
         """Connect anew where a setting that changed needs it, beside what is in use; for ``retune``.
 
         Raises what connecting raises, and ``NotRunning`` where the engine is stopped meanwhile; then nothing has
@@ -65,15 +65,15 @@ class Links:
             return {}
         if self._leaving:
             raise NotRunning(LEAVING)
-        attempt = asyncio.get_running_loop().create_task(_connected(links, config), name="sync-engine reconnect")
+        attempt = asyncio.get_running_loop().create_task(_connect_all(links, config), name="sync-engine reconnect")
         self._attempt = asyncio.shield(attempt)
         try:
             return await self._attempt
         except asyncio.CancelledError:
             # Not awaited: what is to be closed may first have to hear from a server that says nothing.
-            given_up = asyncio.get_running_loop().create_task(_given_up(attempt), name="sync-engine reconnect's end")
-            self._given_up.add(given_up)
-            given_up.add_done_callback(self._given_up.discard)
+            abandoned = asyncio.get_running_loop().create_task(_abandon(attempt), name="sync-engine reconnect's end")
+            self._abandoned.add(abandoned)
+            abandoned.add_done_callback(self._abandoned.discard)
             caller = asyncio.current_task()
             if caller is not None and caller.cancelling():
                 raise
@@ -81,11 +81,11 @@ class Links:
         finally:
             self._attempt = None
 
-    def retune(self, config: SyncEngineConfig, fresh: Fresh) -> None:
+    def retune(self, config: SyncEngineConfig, fresh: Replacements) -> None:
         """Use what ``reconnect`` made, and the deadlines of these settings, from this step of the event loop on."""
         for link, tier in fresh.items():
             link.late.replace(tier, partial(link.connect, config))
-        self._bound(config)
+        self._set_deadlines(config)
 
     @contextmanager
     def leaving(self) -> Iterator[None]:
@@ -100,33 +100,33 @@ class Links:
 
     async def aclose(self) -> None:
         """Wait a moment for new connections that were cut short."""
-        if self._given_up:
-            await asyncio.wait(self._given_up, timeout=GIVE_UP_S)
+        if self._abandoned:
+            await asyncio.wait(self._abandoned, timeout=ABANDONED_WITHIN_S)
 
-    def _bound(self, config: SyncEngineConfig) -> None:
+    def _set_deadlines(self, config: SyncEngineConfig) -> None:
         for link in self._links:
             link.tier.bound(*link.deadlines_s(config))
 
 
-async def _connected(links: Sequence[Link], config: SyncEngineConfig) -> Fresh:
+async def _connect_all(links: Sequence[Link], config: SyncEngineConfig) -> Replacements:
     fresh: dict[Link, Tier | None] = dict.fromkeys(links)
     try:
         while waiting := [link for link in fresh if fresh[link] is None and link.late.here]:
             fresh[waiting[0]] = await waiting[0].late.another(partial(waiting[0].connect, config))
     except BaseException:  # cancelled or failed alike: nobody else would close them
-        await _close(fresh)
+        await _close_all(fresh)
         raise
     return fresh
 
 
-async def _given_up(attempt: asyncio.Task[Fresh]) -> None:
+async def _abandon(attempt: asyncio.Task[Replacements]) -> None:
     attempt.cancel()
     await asyncio.wait({attempt})
     if not attempt.cancelled() and attempt.exception() is None:
-        await _close(attempt.result())  # it had just been made
+        await _close_all(attempt.result())  # it had just been made
 
 
-async def _close(fresh: Fresh) -> None:
+async def _close_all(fresh: Replacements) -> None:
     for tier in fresh.values():
         if tier is not None:
             await tier.close()

@@ -76,7 +76,7 @@ class WriteAheadLog:
     async def open(cls, path: Path, *, segment_bytes: int = SEGMENT_BYTES, reserve_bytes: int = 0) -> WriteAheadLog:
         """Lock the folder ``path`` (made with mode 0700) and read what is in it.
 
-        ``reserve_bytes`` of its disk are kept free for who needs them to drain it (``relieve``).
+        ``reserve_bytes`` of its disk are kept free for who needs them to drain it (``relieve_until_settled``).
 
         Raises ``ConfigError`` if it is no folder, belongs to another process or has a newer format;
         ``TierUnavailable`` if it cannot be read or repaired. Damage is no error: see ``damage``.
@@ -141,17 +141,21 @@ class WriteAheadLog:
             places.append((segment.path, segment.first_seq, record))
         return await asyncio.to_thread(_read, places)
 
-    def relieve(self, *, past_the_log: bool = False) -> None:
-        """Somebody on this disk, without whom nothing is settled, has no room: give up the reserve.
+    def relieve_until_settled(self) -> None:
+        """Somebody on this disk, without whom a record is not settled, has no room: give up the reserve.
 
         Nothing is accepted from then on until it is back, which is tried with whatever else there is to do.
         """
         self._work.relieve = True
-        self._cramped |= past_the_log
         self._schedule(soon=True)
 
-    def relieved(self) -> None:
-        """He has got through with something; until here he may need it although no record waits for him."""
+    def relieve_until_drained(self) -> None:
+        """The same for a tier, which may need it for what no record waits for as well: until ``drained``."""
+        self._cramped = True
+        self.relieve_until_settled()
+
+    def drained(self) -> None:
+        """That tier has nothing more to take."""
         if self._cramped:
             self._cramped = False
             self._schedule()

@@ -86,9 +86,9 @@ class Folder:
         self._has_spare = False
         try:
             self._folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            _locked.add(self)  # before there is anything to inherit: a child of a fork in between would keep the lock
             self._lock = os.open(path / "lock", _FLAGS | os.O_CREAT, 0o600)
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            _locked.add(self)
             self._found = os.pread(self._lock, 256, 0)
         except BlockingIOError:
             owner = _parse_note(os.pread(self._lock, 256, 0)) or _Note()

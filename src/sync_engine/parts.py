@@ -12,7 +12,7 @@ from sync_engine.config import SyncEngineConfig
 from sync_engine.errors import NotRunning, TierNotConfigured, TierUnavailable
 from sync_engine.evict import Eviction
 from sync_engine.heal import Healing
-from sync_engine.links import Fresh, Links
+from sync_engine.links import Links, Replacements
 from sync_engine.log import WriteAheadLog
 from sync_engine.ports import Cache, CacheFacts, States, Tier, Truth
 from sync_engine.pressure import Bands, Level
@@ -150,7 +150,7 @@ class Parts:
             },
         )
 
-    def retune(self, config: SyncEngineConfig, fresh: Fresh) -> None:
+    def retune(self, config: SyncEngineConfig, fresh: Replacements) -> None:
         """Take up what may change at run time, and what ``Links.reconnect`` made, in one step of the event loop."""
         self.links.retune(config, fresh)
         for link, tier in fresh.items():

@@ -18,6 +18,7 @@ from sync_engine.item import Op, SyncItem
 
 __all__ = [
     "PATIENT",
+    "READS",
     "WRITES",
     "Applied",
     "BatchWriteResult",
@@ -313,6 +314,14 @@ class Cache(Tier, Protocol):
         ...
 
 
+# What the wrappers of a tier have to know of its verbs, by name.
+
+READS: Final = frozenset(
+    {"fetch", "exists_batch", "list_state_ids", "count_by_state", "scan_prefix", "get_by_state", "list_prefix_ids"}
+    | {"count_prefix"}
+)
+"""Verbs that tell readers what a tier holds: of a cache that is not believed their answers do not count."""
+
 WRITES: Final = frozenset({"apply", "evict", "healed", "marks", "note_late", "tell"})
 """Verbs of a tier that no reader waits for: they are left more time than the others."""
 
@@ -352,15 +361,16 @@ class Journal(Protocol):
         """Operations of unsettled records, read back from disk, in input order."""
         ...
 
-    def relieve(self, *, past_the_log: bool = ...) -> None:
-        """Somebody without whom nothing is settled has no room on his disk: give up what is held back for him.
-
-        ``past_the_log``: he may need it for what no record waits for, until ``relieved``.
-        """
+    def relieve_until_settled(self) -> None:
+        """Somebody without whom a record is not settled has no room on his disk: give up what is held back for him."""
         ...
 
-    def relieved(self) -> None:
-        """He has got through with something: what is held back may be had back."""
+    def relieve_until_drained(self) -> None:
+        """The same for a tier, which may need it for what no record waits for as well: until ``drained``."""
+        ...
+
+    def drained(self) -> None:
+        """That tier has nothing more to take: what is held back is wanted for no more than what is not settled."""
         ...
 
 

@@ -63,27 +63,31 @@ class RetryPolicy:
 
 @dataclass(frozen=True, slots=True)
 class RetryBudget:
-    """How many retries one tier is given: ``burst`` at once, and ``per_s`` a second on average.
+    """How many retries one tier is given: ``burst`` at once, and on average ``per_s`` a second and ``per_answer``.
 
-    A lane in an outage stays well below it; with healing beside it Redis comes near. What the bound is for
-    is a tier that answers now and then: each answer lets a policy begin anew with its shortest wait.
+    A lane in an outage, in which nothing answers, stays well below ``per_s``; with healing beside it Redis comes near.
+    What the bound is for is a tier that answers seldom: each answer lets a policy begin anew with its shortest wait.
+    One that answers four calls of five earns a retry by each four: however many it is asked, it is not held up.
     """
 
     per_s: float = 2.0
     burst: int = 10
+    per_answer: float = 0.25
 
 
 class Retries:
     """The retries of one tier, whoever asks for them: a token bucket that keeps nobody out, but lets him wait.
 
     To give up is no choice where acknowledged work would be lost. A token is taken when the wait for it begins, so
-    that those who wait are served in their order.
+    that those who wait are served in their order; what is earned meanwhile is for whoever comes next.
     """
 
     def __init__(self, clock: Clock, budget: RetryBudget | None = None) -> None:
         self.budget = RetryBudget() if budget is None else budget
         self.count = 0
         """Retries until now."""
+        self.answers = 0
+        """Calls until now that the tier has answered, of those that would have been tried again."""
         self._clock = clock
         self._tokens = float(self.budget.burst)
         self._filled_at_s = clock.monotonic()
@@ -94,15 +98,25 @@ class Retries:
         # Added, not the longer of both: the share that is left to chance must stay in it.
         await self._clock.sleep(seconds + self._take())
 
+    def answered(self) -> None:
+        """The tier has answered, if only with a refusal: that earns a part of a retry."""
+        self.answers += 1
+        self._fill(self.budget.per_answer)
+
     def _take(self) -> float:
-        now_s = self._clock.monotonic()
-        gained = (now_s - self._filled_at_s) * self.budget.per_s
-        self._tokens = min(self._tokens + gained, self.budget.burst) - 1
-        self._filled_at_s = now_s
+        self._fill(0)
+        self._tokens -= 1
         return max(0.0, -self._tokens / self.budget.per_s)
 
+    def _fill(self, earned: float) -> None:
+        now_s = self._clock.monotonic()
+        gained = (now_s - self._filled_at_s) * self.budget.per_s
+        self._tokens = min(self._tokens + gained + earned, self.budget.burst)
+        self._filled_at_s = now_s
+
     def __repr__(self) -> str:
-        return f"<Retries {self.count} | {self.budget.burst}, then {self.budget.per_s:g} a second>"
+        budget = self.budget
+        return f"<Retries {self.count} | {budget.burst}, then {budget.per_s:g}/s and {budget.per_answer:g}/answer>"
 
 
 def retrying(

@@ -16,7 +16,7 @@ from sync_engine.clock import COUNTER_BITS
 from sync_engine.errors import TierUnavailable
 from sync_engine.forward import Forwarding
 from sync_engine.item import Op
-from sync_engine.ports import Applied, Clock, Tier, Truth
+from sync_engine.ports import READS, Applied, Clock, Tier, Truth
 
 __all__ = ["MARGIN_MS", "Trust", "Trusted"]
 
@@ -34,11 +34,6 @@ LATE_MS: Final = 120_000
 in Redis, which decides about the others."""
 
 NOTE_EVERY_MS: Final = 60_000
-
-READS: Final = frozenset(
-    {"fetch", "exists_batch", "list_state_ids", "count_by_state", "scan_prefix", "get_by_state", "list_prefix_ids"}
-    | {"count_prefix"}
-)
 
 
 class Trust:

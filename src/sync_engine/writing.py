@@ -29,6 +29,7 @@ __all__ = ["writing"]
 def writing(
     config: SyncEngineConfig,
     clock: Clock,
+    *,
     stamps: Stamps,
     journal: Journal | None,
     pending: PendingIndex,
@@ -37,7 +38,6 @@ def writing(
     sql: Link | None,
     redis: Link | None,
     l2: Cache | None,
-    *,
     told: bool,
 ) -> tuple[WritePath, Refusals]:
     """What takes a write from its caller through the log and both tiers, and what it leaves in the quarantine.
@@ -70,6 +70,7 @@ def writing(
         stamps=stamps,
         gate=gate,
         commits=Commits(journal, gate=gate, pending=pending, shown=shown, route=route),
+        filing=filing,
         pending=pending,
         shown=shown,
         route=route,

@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from sync_engine import build
+from sync_engine.ports import Clock
+from sync_engine.resilience import Retries
 from sync_engine.testing.databases import RunningDatabase, RunningMariaDB, RunningPostgres
 from sync_engine.testing.fixtures import StartKind
 from sync_engine.testing.proxy import CuttingProxy
@@ -77,3 +80,16 @@ def make_rig(tmp_path: Path, drivers: Drivers, redis_url: str, redis_prefix: str
 async def server(server_kind: RedisKind, own_kind: StartKind) -> RunningRedis:
     """A server of each kind that this test alone has, to be killed, paused, emptied."""
     return await own_kind(server_kind)
+
+
+@pytest.fixture
+def budgets(monkeypatch: pytest.MonkeyPatch) -> list[Retries]:
+    """The budgets of retries of the engines that are made from here on: SQL's, then Redis'."""
+    made: list[Retries] = []
+
+    def make(clock: Clock) -> Retries:
+        made.append(Retries(clock))
+        return made[-1]
+
+    monkeypatch.setattr(build, "Retries", make)
+    return made

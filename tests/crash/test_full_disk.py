@@ -10,19 +10,22 @@ import asyncio
 import errno
 import os
 import random
+import shutil
 import signal
 import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 
 from sync_engine import Ack, DiskFull, SyncEngine, SyncEngineConfig, SyncItem, TierUnavailable
 from sync_engine.item import Op
+from sync_engine.storage.redis import RedisStore
 from sync_engine.storage.sql import SqlStore
+from sync_engine.write.quarantine import Quarantine, Quarantined
 
 from ..locks import write_locked
 from .rig import MakeRig, until
@@ -48,13 +51,13 @@ def _run(*argv: str) -> bool:
 
 
 @contextmanager
-def filled(disk: Path) -> Iterator[None]:
-    """Somebody else takes the last byte of the disk, and gives it back in the end."""
+def filled(disk: Path, *, but: int = 0) -> Iterator[None]:
+    """Somebody else takes the last byte of the disk, ``but`` so many, and gives it back in the end."""
     path = disk / "filler"
     with path.open("wb", buffering=0) as file:
         for size in (65_536, 4_096, 1):
             try:
-                while file.write(b"x" * size):
+                while (not but or shutil.disk_usage(disk).free > but + size) and file.write(b"x" * size):
                     pass
             except OSError:
                 continue
@@ -414,6 +417,59 @@ async def test_what_the_quarantine_could_not_write_it_writes_once_there_is_room(
     async with SyncEngine(config(data, sql)) as engine:
         assert engine.stats().recovered == 0
         assert (await engine.status("poison")).quarantined
+
+
+@pytest.mark.parametrize("tiers", [("sql",), ("sql", "redis"), ("redis", "sql")], ids=" refuses, ".join)
+async def test_a_refusal_that_found_no_room_once_does_not_keep_the_log_from_its_reserve(
+    disk: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    redis_url: str,
+    redis_prefix: str,
+    tiers: tuple[str, ...],
+) -> None:
+    # Where Redis takes the other item, the refusal was filed when that lane came by, but the reserve counted as wanted
+    # until SQL took its next batch; there was none, for nothing was accepted. Without Redis nobody came by to file it.
+    sql, reserve = tmp_path / "truth.db", disk / "data" / "log" / "reserve"
+    redis = {"redis_url": redis_url, "redis_prefix": redis_prefix} if "redis" in tiers else {}
+    write, full = Quarantine._write, [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))]
+
+    def full_once(quarantine: Quarantine, refused: Quarantined) -> None:
+        if full:
+            raise full.pop()
+        write(quarantine, refused)
+
+    monkeypatch.setattr(Quarantine, "_write", full_once)
+    async with SyncEngine(config(disk / "data", sql, wal_reserve_bytes=RESERVE, **redis)) as engine:
+        await engine.flush()
+        if tiers[0] == "sql":
+            _refuse_poison(sql)
+        else:
+            await _occupy(redis_url, redis_prefix + "poison")
+        with filled(disk, but=RESERVE // 2):
+            await engine.submit_many([SyncItem("good", b"1"), SyncItem("poison", b"1")])
+            await engine.flush()
+            assert not full
+            async with asyncio.timeout(30):
+                while True:
+                    with suppress(DiskFull):
+                        await engine.submit(SyncItem("next", b"1"))
+                        break
+                    await asyncio.sleep(0.01)
+            assert reserve.exists()
+            assert not any("disk" in warning for warning in (await engine.health()).warnings)
+            await engine.flush()
+            assert engine.stats().log_records == 0
+        assert [refused.object_id for refused in await engine.quarantine()] == ["poison"]
+
+
+async def _occupy(redis_url: str, key: str) -> None:
+    """Somebody else's set stands where Redis is to have the item, which it therefore refuses."""
+    store = await RedisStore.connect(redis_url)
+    try:
+        await store.client.sadd(key, "not an item")
+    finally:
+        await store.close()
 
 
 def _refuse_poison(sql: Path) -> None:

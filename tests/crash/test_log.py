@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import fcntl
 import os
 import random
 import resource
@@ -25,6 +26,7 @@ import pytest
 from sync_engine.errors import ConfigError, DiskFull, NotRunning, StoreError, TierUnavailable
 from sync_engine.item import Op, SyncItem
 from sync_engine.log import WriteAheadLog
+from sync_engine.log_folder import Folder
 from sync_engine.log_record import HEADER_BYTES
 from sync_engine.ports import Logged
 
@@ -311,6 +313,36 @@ async def test_all_segments_missing_is_told(tmp_path: Path) -> None:
         assert len(log.damage) == 1
         assert "the newest segment" in log.damage[0]
         assert (await logged(log, put(1)))[0].seq >= int(last.name[:20])
+
+
+def test_a_child_forked_while_a_folder_is_being_locked_has_no_part_in_the_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Between the opening of the lock's file and the note that there is one to let go of: a child kept it for good.
+    lock, forked = fcntl.flock, list[int]()
+
+    def flock(fd: int, how: int) -> None:
+        reads, writes = os.pipe()
+        if not (pid := os.fork()):
+            signal.alarm(60)  # should nobody be left to end it
+            os.write(writes, b"!")
+            signal.pause()  # it lives on with all that it was left
+        forked.append(pid)
+        os.read(reads, 1)
+        os.close(reads)
+        os.close(writes)
+        lock(fd, how)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    folder = Folder(tmp_path / "log")
+    monkeypatch.undo()
+    try:
+        folder.close()
+        Folder(tmp_path / "log").close()
+    finally:
+        for pid in forked:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
 
 
 async def test_a_damaged_lock_note_is_told_and_nothing_is_lost(tmp_path: Path) -> None:
@@ -620,7 +652,7 @@ async def test_the_reserve_is_given_up_for_others_and_nothing_accepted_until_it_
             records += written
         assert reserve.stat().st_blocks * 512 == reserve.stat().st_size == RESERVE
         assert not log.full, "there is no more to give to the log itself"
-        log.relieve()
+        log.relieve_until_settled()
         await until(lambda: not reserve.exists())
         assert log.full
         for _ in range(3):

@@ -394,7 +394,7 @@ async def test_stop_does_not_wait_for_a_server_that_reconfigure_connects_to(
 async def test_what_reconfigure_connects_to_after_a_stop_is_closed_again(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(links, "GIVE_UP_S", 0.01)
+    monkeypatch.setattr(links, "ABANDONED_WITHIN_S", 0.01)
     before = others()
     begun, go = asyncio.Event(), asyncio.Event()
     made: list[SqlStore] = []

@@ -142,7 +142,7 @@ async def test_stop_leaves_no_process_and_no_folder(own_redis: StartRedis) -> No
     assert not home.exists()
     with pytest.raises(NotRunning):
         _ = server.url
-    with pytest.raises(NotRunning):
+    with pytest.raises(NotRunning, match=r"^EmbeddedRedis is not running$"):
         _ = server.pid
 
 

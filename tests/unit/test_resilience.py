@@ -286,6 +286,43 @@ def test_no_pattern_of_failures_gets_more_retries_than_the_budget(
     asyncio.run(lived())
 
 
+@given(st.lists(st.tuples(st.integers(0, 9), st.floats(0, 1)), max_size=60), st.integers(1, 20), st.floats(0, 1))
+def test_answers_earn_retries_and_no_more_than_a_burst_is_saved_up(
+    pattern: list[tuple[int, float]], burst: int, per_answer: float
+) -> None:
+    async def lived() -> None:
+        clock = Leaping()
+        retries = Retries(clock, RetryBudget(1, burst, per_answer))
+        waits: list[tuple[float, float, int]] = []  # when it began and ended, and the answers until then
+        for answers, wait_s in pattern:
+            for _ in range(answers):
+                retries.answered()
+            begun_s = clock.monotonic()
+            await retries.wait(wait_s)
+            waits.append((begun_s, clock.monotonic(), retries.answers))
+        for first, (begun_s, _, before) in enumerate(waits):
+            for last, (_, ended_s, until) in enumerate(waits[first:], first):
+                assert last - first + 1 <= burst + (ended_s - begun_s) + (until - before) * per_answer + 1e-6
+
+    asyncio.run(lived())
+
+
+async def test_a_tier_that_answers_four_calls_of_five_waits_for_no_budget() -> None:
+    # Its failures alone were counted: asked 50 times a second, it was let try again twice, and its listings raised
+    # all the while.
+    clock = Leaping()
+    retries = Retries(clock)
+    for _ in range(1_000):
+        for _ in range(4):
+            clock.advance(0.02)
+            retries.answered()
+        clock.advance(0.02)
+        begun_s = clock.monotonic()
+        await retries.wait(0)
+        assert clock.monotonic() == begun_s
+    assert (retries.count, retries.answers) == (1_000, 4_000)
+
+
 async def test_a_wait_keeps_its_jitter_when_the_budget_adds_to_it() -> None:
     """Engines that fail at one moment must not come back at one moment, budget or not."""
     clock = Leaping()

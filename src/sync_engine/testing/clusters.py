@@ -6,11 +6,11 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any, Final
 
 from redis.exceptions import RedisError, ResponseError
 
+from sync_engine._server_process import Startable
 from sync_engine.testing.servers import KINDS, RedisKind, RunningRedis
 
 __all__ = ["ClusterNode", "ClusterSet"]
@@ -35,7 +35,7 @@ class ClusterNode:
     slots: tuple[range, ...]
 
 
-class ClusterSet:
+class ClusterSet(Startable):
     """``async with ClusterSet() as cluster: cluster.url``. Ready when every node says that all is well.
 
     A primary that does not answer for ``node_timeout_ms`` is replaced by its replica. ``servers`` are all processes,
@@ -174,15 +174,6 @@ class ClusterSet:
     async def until_well(self) -> None:
         """Wait until every running node sees every slot served, and as many nodes as run, each replica in step."""
         await _until(self._well)
-
-    async def __aenter__(self) -> ClusterSet:
-        await self.start()
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.stop()
 
     async def _form(self) -> None:
         ids = [await server.ask("CLUSTER", "MYID") for server in self.servers]

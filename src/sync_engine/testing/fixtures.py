@@ -14,11 +14,12 @@ import asyncio
 from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 from uuid import uuid4
 
 import pytest
 
+from sync_engine._server_process import Startable
 from sync_engine.embedded import EmbeddedRedis
 from sync_engine.errors import ConfigError
 from sync_engine.testing.clusters import ClusterSet
@@ -72,12 +73,7 @@ PREFIX = "t"
 """What every ``redis_prefix`` begins with."""
 
 
-class _Startable(Protocol):
-    async def start(self) -> None: ...
-    async def stop(self) -> None: ...
-
-
-S = TypeVar("S", bound=_Startable)
+S = TypeVar("S", bound=Startable)
 R = TypeVar("R")
 
 
@@ -245,7 +241,7 @@ def _starter(make: Callable[..., S]) -> Iterator[Callable[..., Coroutine[Any, An
         _run(server.stop())
 
 
-async def _started(server: _Startable) -> None:
+async def _started(server: Startable) -> None:
     try:
         await server.start()
     except ConfigError as error:

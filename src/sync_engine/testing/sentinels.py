@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from types import TracebackType
 
 from redis.exceptions import RedisError
 
+from sync_engine._server_process import Startable
 from sync_engine.testing.servers import KINDS, RedisKind, RunningRedis, TlsFiles
 
 __all__ = ["SentinelSet"]
@@ -27,7 +27,7 @@ HURRY = (
 )
 
 
-class SentinelSet:
+class SentinelSet(Startable):
     """``async with SentinelSet() as servers: servers.url``. Ready when every sentinel knows every server.
 
     A primary that does not answer for ``down_after_ms`` is replaced. ``servers`` are the primary of the beginning
@@ -132,15 +132,6 @@ class SentinelSet:
     async def until_well(self) -> None:
         """Wait until the primary works, every running server copies it and every running sentinel sees just that."""
         await self._until(self._well)
-
-    async def __aenter__(self) -> SentinelSet:
-        await self.start()
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.stop()
 
     async def _start_sentinel(self, sentinel: RunningRedis) -> None:
         await sentinel.start()

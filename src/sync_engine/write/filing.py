@@ -22,13 +22,14 @@ class Filing:
         self._quarantine = quarantine
         self._journal = journal
         self._unfiled: list[tuple[Op, Logged]] = []  # refused, and the quarantine could not be written
+        self._retrying = False
 
     async def refused(self, entry: Entry, tier: str, reason: str) -> None:
         """File this operation, for later if it must be."""
         op, logged = entry.effective(), entry.logged
         if not await self._done(entry, self._quarantine.keep(op, tier, reason)) and logged:
             self._unfiled.append((op, logged))
-            self.relieve()
+            self._relieve()
 
     async def answered(self, entry: Entry) -> None:
         """The truth has said that it does not happen: if it is on file, it leaves."""
@@ -55,16 +56,25 @@ class Filing:
             try:
                 await self._quarantine.again(op)
             except OSError:
-                self.relieve()
+                self._relieve()
                 return
             if (op, logged) in self._unfiled:  # the other lane may have been here meanwhile
                 self._unfiled.remove((op, logged))
                 self._journal.settle([logged.seq])
 
-    def relieve(self) -> None:
-        """A disk has no room; it may be the log's, which has some left for whoever lets it settle."""
+    async def again_for_one(self) -> None:
+        """``again``, unless somebody has come here for it: whose writes are refused come in crowds."""
+        if not self._retrying:
+            self._retrying = True
+            try:
+                await self.again()
+            finally:
+                self._retrying = False
+
+    def _relieve(self) -> None:
+        """The disk has no room; it may be the log's, which has some left for whoever lets it settle."""
         if self._journal is not None:
-            self._journal.relieve()
+            self._journal.relieve_until_settled()
 
     async def _done(self, entry: Entry, change: Awaitable[object]) -> bool:
         try:

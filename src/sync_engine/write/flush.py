@@ -77,6 +77,10 @@ class Carrier(Protocol):
         """A tier has no room on its disk to take anything."""
         ...
 
+    def drained(self, lane: Lane, /) -> None:
+        """Nothing waits for this lane's tier any more."""
+        ...
+
 
 class Lane:
     """The only writer of one tier.
@@ -124,6 +128,9 @@ class Lane:
                 await self._carrier.passed(self, batch, plan, applied)
                 batch = spared
             self.batcher.done(count)
+            # Not after each batch: what waits behind it may need as much room on the tier's disk.
+            if not self.batcher:
+                self._carrier.drained(self)
 
     async def _flush(self, batch: Sequence[Entry]) -> tuple[Plan, Applied]:
         """Apply one batch, as often as it takes: applying it again changes nothing."""
@@ -148,7 +155,11 @@ class Lane:
             held = await self.tier.exists_batch([op.object_id for op in erase])
             erase = [op for op, there in zip(erase, held, strict=True) if there or op.object_id in plan.outvoted]
         ops = sorted(plan.ops + erase, key=lambda op: op.object_id) if erase else plan.ops
-        return await self._isolating(ops) if ops else Applied()
+        if not ops:
+            return Applied()
+        applied = await self._isolating(ops)
+        self.retries.answered()  # once, as a failure of the whole batch is one: halves do not earn more
+        return applied
 
     async def _isolating(self, ops: Sequence[Op]) -> Applied:
         """Apply; where the tier refuses a batch as a whole, halve it until the refused operation is alone.

@@ -57,8 +57,6 @@ class Passing:
 
     async def passed(self, lane: Lane, batch: Sequence[Entry], plan: Plan, applied: Applied) -> None:
         """One tier has answered for a batch: move every entry on."""
-        if lane.tier is self._truth and self._journal is not None:
-            self._journal.relieved()
         await self._filing.again()
         settled: list[tuple[Entry, SyncEngineError | None]] = []
         moved: Batcher | None = None
@@ -106,7 +104,12 @@ class Passing:
     def cramped(self) -> None:
         """A tier has no room; its disk may be the log's."""
         if self._journal is not None:
-            self._journal.relieve(past_the_log=True)  # Ack.MEMORY may have sent it what the log could not take
+            self._journal.relieve_until_drained()  # Ack.MEMORY may have sent it what the log could not take
+
+    def drained(self, lane: Lane) -> None:
+        """Nothing waits for this tier."""
+        if lane.tier is self._truth and self._journal is not None:
+            self._journal.drained()
 
     def _restated(self, lane: Lane, entry: Entry, plan: Plan, applied: Applied) -> None:
         """A tier has applied a change of state, as the plan spoke it."""

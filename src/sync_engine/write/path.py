@@ -12,12 +12,13 @@ from collections.abc import Sequence, Set
 from msgspec.structs import force_setattr
 
 from sync_engine.clock import Stamps
-from sync_engine.errors import NotRunning
+from sync_engine.errors import DiskFull, NotRunning
 from sync_engine.item import Op
 from sync_engine.options import Ack
 from sync_engine.ports import Logged
 from sync_engine.pressure import Bands, Gate, Level
 from sync_engine.write.commits import Commits
+from sync_engine.write.filing import Filing
 from sync_engine.write.flush import Lane
 from sync_engine.write.pending import Entry, PendingIndex
 from sync_engine.write.route import Route
@@ -27,7 +28,11 @@ __all__ = ["WritePath"]
 
 
 class WritePath:
-    """Takes drafts of operations to the tiers, in stamp order per id; ``truth`` and ``cache`` empty the route."""
+    """The entrance of the write side: it admits, stamps and hands over, and waits for callers who want to.
+
+    The log's answers are for ``Commits``, the order of tiers for ``Route``, what readers see for ``Shown``; the lanes
+    ``truth`` and ``cache`` empty the route, and ``Passing`` and ``Filing`` see to what their tiers answer.
+    """
 
     def __init__(
         self,
@@ -35,6 +40,7 @@ class WritePath:
         stamps: Stamps,
         gate: Gate,
         commits: Commits,
+        filing: Filing,
         pending: PendingIndex,
         shown: Shown,
         route: Route,
@@ -44,6 +50,7 @@ class WritePath:
         self._stamps = stamps
         self._gate = gate
         self._commits = commits
+        self._filing = filing
         self._pending = pending
         self._shown = shown
         self._route = route
@@ -83,7 +90,13 @@ class WritePath:
         if not logged:
             self._commits.bypass(entries)
         elif (durable := self._commits.append(entries, in_memory=ack is Ack.MEMORY)) is not None:
-            await durable
+            try:
+                await durable
+            except DiskFull:
+                # While nothing is accepted no batch comes by to file what found no room in the quarantine; and as long
+                # as its record stays, the log wants twice the room to accept anything.
+                await self._filing.again_for_one()
+                raise
         if ack is Ack.STORED:
             await self.settled(entries)
         return entries

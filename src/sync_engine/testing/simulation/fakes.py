@@ -285,10 +285,13 @@ class DiskLog:
             self._marking = True
             self._loop.call_later(0.05, self._mark)
 
-    def relieve(self, *, past_the_log: bool = False) -> None:
+    def relieve_until_settled(self) -> None:
         """Nothing is held back: this disk is never full."""
 
-    def relieved(self) -> None:
+    def relieve_until_drained(self) -> None:
+        """Nothing is held back."""
+
+    def drained(self) -> None:
         """And nothing is had back."""
 
     async def read(self, records: Sequence[Logged], /) -> list[Op]:

@@ -1,0 +1,73 @@
+"""A lane on its own: when it says that nothing waits for its tier."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+from sync_engine import DiskFull, SyncItem
+from sync_engine.item import Op
+from sync_engine.ports import Applied
+from sync_engine.resilience import Retries, RetryPolicy
+from sync_engine.testing.clock import VirtualClock
+from sync_engine.testing.tiers import MemoryTier
+from sync_engine.write.batcher import Batcher
+from sync_engine.write.flush import Lane, Plan
+from sync_engine.write.pending import Entry
+
+
+def put(object_id: str) -> Entry:
+    return Entry(Op(kind="put", object_id=object_id, stamp=1, item=SyncItem(object_id, b"x", stamp=1)))
+
+
+class Cramped(MemoryTier):
+    """Its disk has no room the first time."""
+
+    async def apply(self, ops: Sequence[Op], /) -> Applied:
+        if not self.told:
+            self.told = True
+            raise DiskFull(self.name, "the disk is full")
+        return await super().apply(ops)
+
+    told = False
+
+
+class Notes:
+    """A carrier that notes what it is told."""
+
+    def __init__(self) -> None:
+        self.told: list[str] = []
+
+    async def load(self, batch: Sequence[Entry], /) -> None: ...
+
+    async def passed(self, lane: Lane, batch: Sequence[Entry], plan: Plan, applied: Applied, /) -> None:
+        self.told += [entry.op.object_id for entry in batch]
+
+    def cramped(self) -> None:
+        self.told.append("cramped")
+
+    def drained(self, lane: Lane, /) -> None:
+        self.told.append("drained")
+
+
+async def test_a_tier_without_room_is_given_it_until_all_that_waits_has_passed() -> None:
+    # It was taken back after one batch, and what waited behind that met a full disk again.
+    clock, notes = VirtualClock(), Notes()
+    queue = Batcher(flush_count=1, flush_bytes=put("a").size, flush_after_ms=0, clock=clock)
+    lane = Lane(
+        Cramped("l3", clock),
+        queue,
+        notes,
+        lambda op: op.sql,
+        erases_blindly=False,
+        retry=RetryPolicy(),
+        retries=Retries(clock),
+    )
+    ids = [f"{n}" for n in range(9)]
+    for object_id in ids:
+        queue.put(put(object_id))
+    running = asyncio.create_task(lane.run())
+    await clock.run_for(1)
+    assert notes.told == ["cramped", *ids, "drained"]
+    running.cancel()
+    await asyncio.wait({running})
