@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from typing import Any, Final
 
 import orjson
@@ -85,6 +86,12 @@ def item_of(row: Row) -> SyncItem | Corruption:
         return NoItem(str(object_id), expected or "", f"no item: {bad.field} {bad.rule}")
 
 
+@lru_cache(maxsize=16)
+def _batch_alone(batch_id: str) -> str:
+    """The label that most rows have alone, and all rows of a batch alike."""
+    return orjson.dumps({"batch": batch_id}).decode()
+
+
 _AUDIT: Final = ("batch", "home", "trace", "trace_state")
 
 
@@ -95,12 +102,11 @@ def audit_of(item: SyncItem, batch_id: str | None = None) -> str | None:
     if (
         item.trace_parent is None
         and item.home_instance_id is None
-        and batch_id is None
         and item.trace_state is None
         and not item.priority_score
         and not item.sql_only
     ):
-        return None
+        return None if batch_id is None else _batch_alone(batch_id)
     told: dict[str, Any] = {}
     # In order of their names, which is what makes the text canonical.
     if batch_id is not None:
