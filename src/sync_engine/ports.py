@@ -401,6 +401,10 @@ class Clock(Protocol):
         """Wall clock, epoch milliseconds."""
         ...
 
+    def now_us(self) -> int:
+        """The same, epoch microseconds."""
+        ...
+
     def monotonic(self) -> float:
         """Seconds that never go back."""
         ...

@@ -231,6 +231,9 @@ class StandingClock:
     def now_ms(self) -> int:
         return self.ms
 
+    def now_us(self) -> int:
+        return self.ms * 1000
+
     def monotonic(self) -> float:
         return time.monotonic()
 

@@ -51,8 +51,8 @@ class Ahead(Hurried):
     def __init__(self, ahead_ms: int = 0) -> None:
         self.ahead_ms = ahead_ms
 
-    def now_ms(self) -> int:
-        return super().now_ms() + self.ahead_ms
+    def now_us(self) -> int:
+        return super().now_us() + self.ahead_ms * 1000
 
 
 class Picky(Forwarding):

@@ -390,8 +390,8 @@ class _Jumping(Hurried):
 
     ahead_ms = 0
 
-    def now_ms(self) -> int:
-        return super().now_ms() + self.ahead_ms
+    def now_us(self) -> int:
+        return super().now_us() + self.ahead_ms * 1000
 
 
 async def test_I10_an_empty_engine_lets_in_what_is_larger_than_the_whole_bound(rig: Rig) -> None:

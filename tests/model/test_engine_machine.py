@@ -73,7 +73,10 @@ class HastyClock:
     """
 
     def now_ms(self) -> int:
-        return time.time_ns() // 1_000_000
+        return self.now_us() // 1000
+
+    def now_us(self) -> int:
+        return time.time_ns() // 1000
 
     def monotonic(self) -> float:
         return time.monotonic() * FASTER

@@ -27,7 +27,10 @@ class VirtualClock:
         self._order = count()
 
     def now_ms(self) -> int:
-        return self._start_ms + round(self._elapsed_s * 1000)
+        return self.now_us() // 1000
+
+    def now_us(self) -> int:
+        return self._start_ms * 1000 + round(self._elapsed_s * 1_000_000)
 
     def monotonic(self) -> float:
         return self._elapsed_s

@@ -46,7 +46,10 @@ class SkewedClock:
         self.off_ms = off_ms
 
     def now_ms(self) -> int:
-        return EPOCH_MS + round(self._loop.time() * 1000) + self.off_ms
+        return self.now_us() // 1000
+
+    def now_us(self) -> int:
+        return (EPOCH_MS + self.off_ms) * 1000 + round(self._loop.time() * 1_000_000)
 
     def monotonic(self) -> float:
         return self._loop.time()
