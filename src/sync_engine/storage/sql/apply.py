@@ -9,7 +9,7 @@ take locks alike.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
-from itertools import zip_longest
+from itertools import chain, zip_longest
 from typing import Final, NamedTuple
 
 from sync_engine.clock import COUNTER_BITS
@@ -49,7 +49,8 @@ async def apply_ops(
     """Apply the newest operation of each id. Raises ``TierUnavailable`` or ``StoreError`` about the whole batch."""
     newest = _newest_per_id(ops)
     words = router.words()
-    await session.lock(buckets_of(op.object_id for op in newest))
+    outdated = await _outdated(session, words, newest, now_ms)
+    await session.lock(buckets_of(chain((op.object_id for op in newest), outdated)))
     ((any_buried, version),) = await session.rows(words.before_writing)
     routes = await learn_if_new(session, router, int(version))
     if routes.moving:
@@ -60,8 +61,9 @@ async def apply_ops(
         chunks = list(_chunks(its, words.rows_max, session.bytes_max))
         for chunk, following in zip_longest(chunks, chunks[1:], fillvalue=()):
             await batch.apply(chunk, following)
-    # Twice what this batch may add: the tombstones of a steady stream stay bounded by their life.
-    if batch.deletes and await session.run(words.prune(now_ms - TOMBSTONE_LIFE_MS, 2 * batch.deletes)):
+    for start in range(0, len(outdated), words.ids_max):
+        await session.run(words.prune(outdated[start : start + words.ids_max], now_ms - TOMBSTONE_LIFE_MS))
+    if outdated:
         await session.run(words.note_most(FORGOTTEN, now_ms - TOMBSTONE_LIFE_MS))
     # Last: all writers meet at this row, and the next one waits there until this one has committed.
     if stamp := max((op.stamp for op in newest), default=0):
@@ -73,6 +75,18 @@ async def apply_ops(
         existed=frozenset(batch.existed),
         spared=frozenset(batch.spared),
     )
+
+
+async def _outdated(session: Session, words: Words, ops: Sequence[Op], now_ms: int) -> list[str]:
+    """Tombstones to prune, if this batch may add any: twice as many, so that those of a steady stream stay bounded.
+
+    Their buckets are locked with the others: a statement that found and removed them in one would take the rows in an
+    order of its own, and on MySQL end in deadlocks with those who bury.
+    """
+    may_bury = sum(op.kind == "delete" or not op.sql for op in ops)
+    if not may_bury:
+        return []
+    return [id_ for (id_,) in await session.rows(words.outdated(now_ms - TOMBSTONE_LIFE_MS, 2 * may_bury))]
 
 
 def shared_out(ops: Sequence[Op], writers: int) -> list[Sequence[Op]]:
@@ -105,7 +119,6 @@ class _Batch:
         self.restated: dict[str, SyncItem] = {}
         self.existed: set[str] = set()
         self.spared: set[str] = set()
-        self.deletes = 0
         self._following: Sequence[Op] = ()
         self._rows: dict[str, tuple[Value, ...]] = {}
 
@@ -196,7 +209,6 @@ class _Batch:
         for part in self.words.parts([op for op in done if op.stamp]):
             rows = [(op.object_id, op.stamp, max(self._now_ms, op.stamp >> COUNTER_BITS)) for op in part]
             await self._session.run(self.words.bury(rows))
-            self.deletes += len(rows)
         # An unordered delete starts the id afresh.
         await self._by_ids(self.words.exhume, [op.object_id for op in done if not op.stamp and op.object_id in buried])
 

@@ -56,8 +56,6 @@ ON DUPLICATE KEY UPDATE
   deleted_at_ms = IF(VALUES(stamp) > stamp, VALUES(deleted_at_ms), deleted_at_ms),
   stamp = IF(VALUES(stamp) > stamp, VALUES(stamp), stamp)"""
 
-PRUNE: Final = "DELETE FROM sync_tombstones WHERE deleted_at_ms < ? ORDER BY deleted_at_ms LIMIT ?"
-
 NOTE: Final = """\
 INSERT INTO sync_meta (name, value) VALUES (?, ?) ON DUPLICATE KEY UPDATE value = $best(value, VALUES(value))"""
 
@@ -107,9 +105,6 @@ class MysqlWords(Words):
 
     def restate(self, rows: Sequence[tuple[str, str | None, int]]) -> Said:
         return Said(self._of_rows(RESTATE, TOLD, len(rows), " UNION ALL "), flat(rows))
-
-    def prune(self, before_ms: int, most: int) -> Said:
-        return Said(self._marked(PRUNE), (before_ms, most))
 
     def _changed_from(self, stamp: int, id_: str, limit: int) -> tuple[Value, ...]:
         return stamp, stamp, id_, limit

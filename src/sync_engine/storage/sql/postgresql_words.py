@@ -65,11 +65,6 @@ INSERT INTO sync_tombstones (id, stamp, deleted_at_ms) SELECT * FROM unnest(?::t
 ON CONFLICT (id) DO UPDATE SET stamp = excluded.stamp, deleted_at_ms = excluded.deleted_at_ms
 WHERE excluded.stamp > sync_tombstones.stamp"""
 
-# SKIP LOCKED: what another writer is burying anew is not outdated, and waiting for it could be a deadlock.
-PRUNE: Final = """\
-DELETE FROM sync_tombstones WHERE id = ANY (ARRAY(SELECT id FROM sync_tombstones
-  WHERE deleted_at_ms < ? ORDER BY deleted_at_ms LIMIT ? FOR UPDATE SKIP LOCKED))"""
-
 # Both sides cut to a page: a sort of everything newer would otherwise stand between two pages.
 CHANGED_ROWS: Final = "(SELECT $columns, 0 FROM $items WHERE (stamp, id) > (?, ?) ORDER BY stamp, id LIMIT ?)"
 
@@ -124,9 +119,6 @@ class PostgresqlWords(Words):
 
     def restate(self, rows: Sequence[tuple[str, str | None, int]]) -> Said:
         return Said(self._once(RESTATE, self._text), list(zip(*rows, strict=True)))
-
-    def prune(self, before_ms: int, most: int) -> Said:
-        return Said(self._once(PRUNE, self._text), (before_ms, most))
 
     def _upsert(self, source: str) -> str:
         return self._once(UPSERT, lambda title: self._text(title, source=source), source)

@@ -46,10 +46,6 @@ INSERT INTO sync_tombstones (id, stamp, deleted_at_ms) VALUES $rows
 ON CONFLICT (id) DO UPDATE SET stamp = excluded.stamp, deleted_at_ms = excluded.deleted_at_ms
 WHERE excluded.stamp > sync_tombstones.stamp"""
 
-PRUNE: Final = """\
-DELETE FROM sync_tombstones WHERE id IN
-  (SELECT id FROM sync_tombstones WHERE deleted_at_ms < ? ORDER BY deleted_at_ms LIMIT ?)"""
-
 
 class SqliteWords(Words):
     """The statements about tables of items."""
@@ -76,6 +72,3 @@ class SqliteWords(Words):
 
     def restate(self, rows: Sequence[tuple[str, str | None, int]]) -> Said:
         return Said(self._of_rows(RESTATE, "(?, ?, ?)", len(rows)), flat(rows))
-
-    def prune(self, before_ms: int, most: int) -> Said:
-        return Said(PRUNE, (before_ms, most))

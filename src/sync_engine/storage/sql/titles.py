@@ -35,6 +35,8 @@ __all__ = [
     "NEWEST_BURIED",
     "NEWEST_STAMP",
     "NOTE",
+    "OUTDATED",
+    "PRUNE",
     "RANGE",
     "RANGES",
     "READ_META",
@@ -82,6 +84,12 @@ BURIED: Final = "SELECT id, stamp FROM sync_tombstones WHERE id $among"
 
 EXHUME: Final = "DELETE FROM sync_tombstones WHERE id $among"
 """Forget tombstones whose id carries a newer stamp in its row."""
+
+OUTDATED: Final = "SELECT id FROM sync_tombstones WHERE deleted_at_ms < ? ORDER BY deleted_at_ms LIMIT ?"
+"""The oldest tombstones, of before a moment."""
+
+PRUNE: Final = "DELETE FROM sync_tombstones WHERE id $among AND deleted_at_ms + 0 < ?"
+"""Forget those of them that nobody has buried anew; said so that no index leads past the rows of others, to wait there."""
 
 NOTE: Final = """\
 INSERT INTO sync_meta (name, value) VALUES (?, ?)

@@ -85,6 +85,13 @@ class Words(Texts):
     def exhume(self, ids: Sequence[str]) -> Said:
         return self._among(titles.EXHUME, ids)
 
+    def outdated(self, before_ms: int, most: int) -> Said:
+        return Said(self._once(titles.OUTDATED, self._text), (before_ms, most))
+
+    def prune(self, ids: Sequence[str], before_ms: int) -> Said:
+        among = self._among(titles.PRUNE, ids)
+        return Said(among.text, (*among.values, before_ms))
+
     # Of rows; at most as many as ``parts`` gives.
 
     @abstractmethod
@@ -98,10 +105,6 @@ class Words(Texts):
     @abstractmethod
     def restate(self, rows: Sequence[tuple[str, str | None, int]]) -> Said:
         """Change states (id, state, stamp), after HELD was read in the same transaction; stamp 0 leaves the stamp."""
-
-    @abstractmethod
-    def prune(self, before_ms: int, most: int) -> Said:
-        """Forget some tombstones older than a moment."""
 
     def parts(self, rows: Sequence[T]) -> Iterator[Sequence[T]]:
         """Rows cut as ``upsert``, ``bury`` and ``restate`` take them; a part halved is one again."""
