@@ -5,7 +5,7 @@ Clocks", 2014). It is strictly increasing per engine and above every stamp the e
 wall clock that jumps back cannot make a new write look old.
 
 The counter begins where the microsecond says, 64 steps for each: of two engines on one machine, the write that began
-after the other had ended is the newer, however short a time lies between. Among the 64, and above what was read, it
+after the other had ended is the newer, though both are of one millisecond. Among the 64, and above what was read, it
 begins at random: two engines must not give out one stamp, since nothing could then say which of two writes is newer.
 """
 
@@ -22,8 +22,8 @@ __all__ = ["Stamps", "SystemClock"]
 COUNTER_BITS = 16
 STEPS_BITS = 6
 """Of the counter, the steps of one microsecond: 1,000 times 64 are below 2**16."""
-APART_BITS = 13
-"""Of the counter, how far above a stamp that was read the next one is, by chance."""
+APART_BITS = 10
+"""Of the counter, how far above a stamp that was read the next one is, by chance: 16 µs at most."""
 STAMP_MAX = 2**62
 """The year 4199. SQL keeps stamps in signed 64-bit columns: one near their end is damage, and not to be followed."""
 

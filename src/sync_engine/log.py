@@ -155,7 +155,7 @@ class WriteAheadLog:
         self.relieve_until_settled()
 
     def drained(self) -> None:
-        """That tier has nothing more to take."""
+        """What that tier had no room for has passed."""
         if self._cramped:
             self._cramped = False
             self._schedule()

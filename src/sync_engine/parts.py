@@ -236,6 +236,7 @@ class Parts:
     async def _give_back(self) -> StopReport:
         self._supervisor.cancel()
         await asyncio.wait({self._supervisor})
+        await self.quarantine.finish()  # the log's folder is somebody else's after this
         self.writes.abandon(NotRunning("the engine was stopped before the operation was in every tier"))
         await self.reader.aclose()
         await self.links.aclose()
@@ -249,6 +250,7 @@ class Parts:
             async with asyncio.TaskGroup() as lanes:
                 for lane in self._lanes:
                     lanes.create_task(lane.run(), name=f"sync-engine lane {lane.tier.name}")
+                lanes.create_task(self.writes.file(), name="sync-engine filing")
                 if self._healing is not None:
                     lanes.create_task(self._healing.run(), name="sync-engine healing")
                 if self._eviction is not None:

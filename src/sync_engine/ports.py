@@ -370,7 +370,7 @@ class Journal(Protocol):
         ...
 
     def drained(self) -> None:
-        """That tier has nothing more to take: what is held back is wanted for no more than what is not settled."""
+        """What that tier had no room for has passed: what is held back is wanted only for what is not settled."""
         ...
 
 

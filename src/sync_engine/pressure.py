@@ -99,7 +99,7 @@ class Gate:
 
     def let_in(self, ops: int, volatile_bytes: int = 0) -> bool:
         """Account for a write if nothing speaks against it; else ``enter`` is to be waited for."""
-        if self._waiting or self.presses or not self._fits(ops, volatile_bytes):
+        if self.presses or not self.has_room(ops, volatile_bytes):
             return False
         self.ops += ops
         self.bytes += volatile_bytes

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -47,13 +48,16 @@ class Log:
 
 
 class Crowded(Quarantine):
-    """Its disk has no room while ``full``."""
+    """Its disk has no room while ``full``, and takes its time where ``slow`` is given."""
 
     full = False
+    slow: threading.Event | None = None
 
     def _write(self, refused: object) -> None:
         if self.full:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        if self.slow is not None:
+            self.slow.wait(10)
         super()._write(refused)  # type: ignore[arg-type]  # passed on as it came
 
 
@@ -108,13 +112,50 @@ async def test_what_finds_no_room_stays_in_the_log_until_it_is_on_file(quarantin
 async def test_a_crowd_whose_writes_are_refused_tries_the_disk_once(quarantine: Crowded) -> None:
     log = Log()
     filing = Filing(quarantine, log)
+    running = asyncio.create_task(filing.run())
     quarantine.full = True
     await filing.refused(entry("a", 1), "l3", "no")
-    await asyncio.gather(*(filing.again_for_one() for _ in range(20)))
-    assert log.relieved == 2, "one of them has tried"
+    for _ in range(20):
+        filing.soon()
+    await until(lambda: log.relieved == 2)  # one has tried
     quarantine.full = False
-    await asyncio.gather(*(filing.again_for_one() for _ in range(20)))
-    assert (await on_file(quarantine), log.settled) == ([("a", 1)], [1])
+    await asyncio.sleep(0.05)
+    assert log.relieved == 2, "nobody tries before somebody asks"
+    filing.soon()
+    await until(lambda: log.settled == [1])
+    assert await on_file(quarantine) == [("a", 1)]
+    running.cancel()
+    await asyncio.wait({running})
+
+
+@pytest.mark.parametrize("newer", ["put", "delete"])
+async def test_who_gives_up_waiting_for_a_file_leaves_no_file_behind(quarantine: Crowded, newer: str) -> None:
+    """The thread wrote on, behind what was stored meanwhile: a deleted item was read again after the next start."""
+    log = Log()
+    filing = Filing(quarantine, log)
+    quarantine.full = True
+    await filing.refused(entry("a", 1), "l3", "no")
+    quarantine.full, quarantine.slow = False, threading.Event()
+    waiting = asyncio.create_task(filing.again())
+    await asyncio.sleep(0.05)
+    waiting.cancel()
+    await asyncio.wait({waiting})
+    later = entry("a", 2, kind=newer)
+    assert filing.ends_with(later)
+    stored = asyncio.create_task(filing.stored(later))
+    await asyncio.sleep(0.05)
+    assert not stored.done(), "one change after the other, whoever waits"
+    quarantine.slow.set()
+    await stored
+    await filing.again()
+    await quarantine.finish()
+    assert (await on_file(quarantine), log.settled) == ([], [1])
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not holds():  # noqa: ASYNC110 - what a thread does sets no event
+            await asyncio.sleep(0.005)
 
 
 async def test_what_no_log_holds_and_no_file_is_lost_with_the_process_and_not_waited_for(quarantine: Crowded) -> None:

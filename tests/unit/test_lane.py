@@ -50,11 +50,8 @@ class Notes:
         self.told.append("drained")
 
 
-async def test_a_tier_without_room_is_given_it_until_all_that_waits_has_passed() -> None:
-    # It was taken back after one batch, and what waited behind that met a full disk again.
-    clock, notes = VirtualClock(), Notes()
-    queue = Batcher(flush_count=1, flush_bytes=put("a").size, flush_after_ms=0, clock=clock)
-    lane = Lane(
+def lane_of(clock: VirtualClock, queue: Batcher, notes: Notes) -> Lane:
+    return Lane(
         Cramped("l3", clock),
         queue,
         notes,
@@ -63,6 +60,13 @@ async def test_a_tier_without_room_is_given_it_until_all_that_waits_has_passed()
         retry=RetryPolicy(),
         retries=Retries(clock),
     )
+
+
+async def test_a_tier_without_room_is_given_it_until_all_that_waits_has_passed() -> None:
+    # It was taken back after one batch, and what waited behind that met a full disk again.
+    clock, notes = VirtualClock(), Notes()
+    queue = Batcher(flush_count=1, flush_bytes=put("a").size, flush_after_ms=0, clock=clock)
+    lane = lane_of(clock, queue, notes)
     ids = [f"{n}" for n in range(9)]
     for object_id in ids:
         queue.put(put(object_id))
@@ -71,3 +75,25 @@ async def test_a_tier_without_room_is_given_it_until_all_that_waits_has_passed()
     assert notes.told == ["cramped", *ids, "drained"]
     running.cancel()
     await asyncio.wait({running})
+
+
+async def test_what_comes_afterwards_does_not_keep_what_was_given() -> None:
+    """Under writes that never cease the queue was never empty, the log kept without its reserve, and took nothing."""
+    clock = VirtualClock()
+
+    class Busy(Notes):
+        async def load(self, batch: Sequence[Entry], /) -> None:
+            if len(self.told) < 50:
+                queue.put(put(f"later {len(self.told)}"))
+
+    notes = Busy()
+    queue = Batcher(flush_count=1, flush_bytes=put("a").size, flush_after_ms=0, clock=clock)
+    lane = lane_of(clock, queue, notes)
+    for object_id in ("a", "b", "c"):
+        queue.put(put(object_id))
+    running = asyncio.create_task(lane.run())
+    await clock.run_for(1)
+    running.cancel()
+    await asyncio.wait({running})
+    assert notes.told.count("drained") == 1
+    assert notes.told.index("c") < notes.told.index("drained") < 10 < len(notes.told)

@@ -35,6 +35,16 @@ def test_of_two_engines_on_one_machine_the_later_write_is_newer() -> None:
     assert {stamp >> 16 for stamp in given} == {clock.now_ms()}
 
 
+def test_who_has_just_read_a_stamp_is_not_far_ahead_of_the_clock() -> None:
+    for seed in range(200):
+        clock = VirtualClock()
+        one, two = (Stamps(clock, random.Random(f"{seed} {which}")) for which in (1, 2))
+        two.observe(one.next())
+        earlier = two.next()
+        clock.advance(0.000_020)
+        assert one.next() > earlier
+
+
 def test_two_engines_in_one_microsecond_rarely_give_out_one_stamp() -> None:
     clock = VirtualClock()
     same = 0

@@ -68,6 +68,11 @@ class Batcher:
                 return self._cut()
             await self._sleep(wait_s)
 
+    @property
+    def put_ever(self) -> int:
+        """How many entries were queued so far."""
+        return self._put
+
     def done(self, count: int) -> None:
         """So many of the entries taken have passed; wakes those who wait for them."""
         self._done += count
@@ -75,6 +80,11 @@ class Batcher:
             waiter = self._drains.popleft()[1]
             if not waiter.done():
                 waiter.set_result(None)
+
+    @property
+    def done_ever(self) -> int:
+        """How many of them have passed."""
+        return self._done
 
     async def drained(self, *, patient: bool = True) -> None:
         """Hurry, and wait until everything queued before this call has passed.

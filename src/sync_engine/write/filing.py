@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Awaitable
 
@@ -22,7 +23,7 @@ class Filing:
         self._quarantine = quarantine
         self._journal = journal
         self._unfiled: list[tuple[Op, Logged]] = []  # refused, and the quarantine could not be written
-        self._retrying = False
+        self._asked = asyncio.Event()
 
     async def refused(self, entry: Entry, tier: str, reason: str) -> None:
         """File this operation, for later if it must be."""
@@ -62,14 +63,16 @@ class Filing:
                 self._unfiled.remove((op, logged))
                 self._journal.settle([logged.seq])
 
-    async def again_for_one(self) -> None:
-        """``again``, unless somebody has come here for it: whose writes are refused come in crowds."""
-        if not self._retrying:
-            self._retrying = True
-            try:
-                await self.again()
-            finally:
-                self._retrying = False
+    def soon(self) -> None:
+        """``again``, by ``run``: whose writes are refused come in crowds, do not wait for it, and may give up."""
+        self._asked.set()
+
+    async def run(self) -> None:
+        """``again`` whenever it was asked for, until cancelled."""
+        while True:
+            await self._asked.wait()
+            self._asked.clear()
+            await self.again()
 
     def _relieve(self) -> None:
         """The disk has no room; it may be the log's, which has some left for whoever lets it settle."""

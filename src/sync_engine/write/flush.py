@@ -78,7 +78,7 @@ class Carrier(Protocol):
         ...
 
     def drained(self, lane: Lane, /) -> None:
-        """Nothing waits for this lane's tier any more."""
+        """What waited for this lane's tier when it was last cramped has passed."""
         ...
 
 
@@ -107,6 +107,7 @@ class Lane:
         self._keeps = keeps
         self._erases_blindly = erases_blindly
         self._retry = retry
+        self._cramped_until: int | None = None  # so many have to pass, since the tier had no room
         self.trouble: str | None = None
         """Why the batch at hand is being retried; None while all is well."""
 
@@ -128,8 +129,10 @@ class Lane:
                 await self._carrier.passed(self, batch, plan, applied)
                 batch = spared
             self.batcher.done(count)
-            # Not after each batch: what waits behind it may need as much room on the tier's disk.
-            if not self.batcher:
+            # Not after the next batch: what waited behind it may need as much room on the tier's disk. Nor when
+            # nothing waits any more: under writes that never cease that would be never.
+            if self._cramped_until is not None and self.batcher.done_ever >= self._cramped_until:
+                self._cramped_until = None
                 self._carrier.drained(self)
 
     async def _flush(self, batch: Sequence[Entry]) -> tuple[Plan, Applied]:
@@ -172,7 +175,7 @@ class Lane:
             # Not one whose answers depend on what is there: sent again, its first half would meet itself.
             if len(ops) == 1 or any(op.if_version is not None or op.only_in_state is not None for op in ops):
                 raise
-            self._carrier.cramped()
+            self._cramped()
         except StoreError as refused:
             if len(ops) == 1:
                 return Applied(refused={ops[0].object_id: refused})
@@ -189,12 +192,16 @@ class Lane:
         if not isinstance(exc, TierUnavailable):
             return False
         if isinstance(exc, DiskFull):
-            self._carrier.cramped()
+            self._cramped()
         if self.trouble is None:
             log.warning("%s; its %d operations wait", exc, len(self.batcher))
         self.trouble = exc.reason
         self.batcher.fail(exc)
         return True
+
+    def _cramped(self) -> None:
+        self._cramped_until = self.batcher.put_ever
+        self._carrier.cramped()
 
     def __repr__(self) -> str:
         return f"<Lane {self.tier.name} {len(self.batcher)} waiting{', ' + self.trouble if self.trouble else ''}>"

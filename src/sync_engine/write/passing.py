@@ -107,7 +107,7 @@ class Passing:
             self._journal.relieve_until_drained()  # Ack.MEMORY may have sent it what the log could not take
 
     def drained(self, lane: Lane) -> None:
-        """Nothing waits for this tier."""
+        """What waited for this tier when it had no room has passed."""
         if lane.tier is self._truth and self._journal is not None:
             self._journal.drained()
 

@@ -95,11 +95,15 @@ class WritePath:
             except DiskFull:
                 # While nothing is accepted no batch comes by to file what found no room in the quarantine; and as long
                 # as its record stays, the log wants twice the room to accept anything.
-                await self._filing.again_for_one()
+                self._filing.soon()
                 raise
         if ack is Ack.STORED:
             await self.settled(entries)
         return entries
+
+    async def file(self) -> None:
+        """File what found no room in the quarantine, whenever a write was refused for that; until cancelled."""
+        await self._filing.run()
 
     def recover(self, records: Sequence[Logged]) -> None:
         """Take in what the log of an earlier run still holds."""

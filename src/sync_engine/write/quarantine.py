@@ -10,9 +10,10 @@ import asyncio
 import hashlib
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -24,6 +25,8 @@ from sync_engine.ports import Cache, Clock
 __all__ = ["Quarantine", "Quarantined", "withdraw"]
 
 log = logging.getLogger(__name__)
+
+R = TypeVar("R")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +55,7 @@ class Quarantine:
         self._clock = clock if clock is not None else SystemClock()
         self._held: dict[str, Quarantined] = {}
         self._turn = asyncio.Lock()  # two lanes, and each change is a step in memory and a step on disk
+        self._changes: set[asyncio.Task[Any]] = set()
 
     async def open(self) -> None:
         """Read what earlier runs left."""
@@ -63,46 +67,27 @@ class Quarantine:
         Raises ``OSError`` where the disk does not take it; readers are answered with it all the same.
         """
         log.error("%s refused %s of %r: %s; it is quarantined", tier, op.kind, op.object_id, reason)
-        async with self._turn:
-            older = self._held.get(op.object_id)
-            if older is not None and older.op.stamp > op.stamp:
-                return  # refused late by another tier: the newer one is what readers are answered with
-            again = older is not None and older.op.stamp == op.stamp
-            since_ms = older.since_ms if older is not None and again else self._clock.now_ms()
-            self._held[op.object_id] = refused = Quarantined(op, tier, reason, since_ms)
-            # Writing is finished even if the engine is being stopped: the log forgets the record next.
-            await asyncio.shield(asyncio.ensure_future(asyncio.to_thread(self._write, refused)))
-            if older is not None and older.op.stamp < op.stamp:
-                await asyncio.to_thread(self._remove, older)
+        await self._whole(self._keep(op, tier, reason))
 
     async def again(self, op: Op) -> None:
         """Store what could not be stored when it was kept, unless it has ended meanwhile. Raises ``OSError``."""
-        async with self._turn:
-            held = self._held.get(op.object_id)
-            standing = held if held is not None and held.op.stamp == op.stamp else None
-            await asyncio.shield(asyncio.ensure_future(asyncio.to_thread(self._write_again, op, standing)))
+        await self._whole(self._again(op))
 
     async def overtaken(self, object_id: str, stamp: int) -> None:
         """An operation of this stamp is stored: one refused before it has no effect any more.
 
-        Of the very stamp it is the refused one itself, which was sent again.
+        Of the very stamp it is the refused one itself, which was sent again. Raises ``OSError``.
         """
-        async with self._turn:
-            held = self._held.get(object_id)
-            if held is not None and held.op.stamp <= stamp:
-                del self._held[object_id]
-                await asyncio.to_thread(self._remove, held)
+        await self._whole(self._overtaken(object_id, stamp))
 
     async def forget(self, object_id: str, stamp: int) -> Quarantined | None:
         """Give up this very operation, and answer with it; None where it is not here. Raises ``OSError``."""
-        async with self._turn:
-            held = self._held.get(object_id)
-            if held is None or held.op.stamp != stamp:
-                return None
-            # The file first: while it is there, the next start would answer with it.
-            await asyncio.shield(asyncio.ensure_future(asyncio.to_thread(self._remove, held)))
-            del self._held[object_id]
-            return held
+        return await self._whole(self._forget(object_id, stamp))
+
+    async def finish(self) -> None:
+        """Wait for the changes under way."""
+        while self._changes:
+            await asyncio.wait(self._changes)
 
     def get(self, object_id: str) -> Quarantined | None:
         """The refused operation on this id, if any."""
@@ -122,6 +107,53 @@ class Quarantine:
 
     def __repr__(self) -> str:
         return f"<Quarantine {len(self._held)} operations>"
+
+    async def _whole(self, change: Coroutine[Any, Any, R]) -> R:
+        """The change to its end, whoever gives up waiting: its thread would write on, behind what others do then."""
+        task = asyncio.get_running_loop().create_task(change)
+        self._changes.add(task)
+        task.add_done_callback(self._changed)
+        return await asyncio.shield(task)
+
+    def _changed(self, change: asyncio.Task[Any]) -> None:
+        self._changes.discard(change)
+        if not change.cancelled():
+            change.exception()  # its caller has seen it, or is gone
+
+    async def _keep(self, op: Op, tier: str, reason: str) -> None:
+        async with self._turn:
+            older = self._held.get(op.object_id)
+            if older is not None and older.op.stamp > op.stamp:
+                return  # refused late by another tier: the newer one is what readers are answered with
+            again = older is not None and older.op.stamp == op.stamp
+            since_ms = older.since_ms if older is not None and again else self._clock.now_ms()
+            self._held[op.object_id] = refused = Quarantined(op, tier, reason, since_ms)
+            await asyncio.to_thread(self._write, refused)
+            if older is not None and older.op.stamp < op.stamp:
+                await asyncio.to_thread(self._remove, older)
+
+    async def _again(self, op: Op) -> None:
+        async with self._turn:
+            held = self._held.get(op.object_id)
+            standing = held if held is not None and held.op.stamp == op.stamp else None
+            await asyncio.to_thread(self._write_again, op, standing)
+
+    async def _overtaken(self, object_id: str, stamp: int) -> None:
+        async with self._turn:
+            held = self._held.get(object_id)
+            if held is not None and held.op.stamp <= stamp:
+                del self._held[object_id]
+                await asyncio.to_thread(self._remove, held)
+
+    async def _forget(self, object_id: str, stamp: int) -> Quarantined | None:
+        async with self._turn:
+            held = self._held.get(object_id)
+            if held is None or held.op.stamp != stamp:
+                return None
+            # The file first: while it is there, the next start would answer with it.
+            await asyncio.to_thread(self._remove, held)
+            del self._held[object_id]
+            return held
 
     def _path(self, op: Op) -> Path:
         # The deletes of one bulk delete share their stamp. An id may hold what a file system does not take.

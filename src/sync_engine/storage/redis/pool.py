@@ -150,7 +150,7 @@ class Pool(BlockingConnectionPool):
         self._lost = True
 
     def begin_anew(self) -> None:
-        """The same, for a server of which whoever must know has been told: it is no news when it is met."""
+        """Renew, for a server that has been told of already: meeting it is no news."""
         self.renew()
         self._identity = ""
 

@@ -89,7 +89,7 @@ OUTDATED: Final = "SELECT id FROM sync_tombstones WHERE deleted_at_ms < ? ORDER 
 """The oldest tombstones, of before a moment."""
 
 PRUNE: Final = "DELETE FROM sync_tombstones WHERE id $among AND deleted_at_ms + 0 < ?"
-"""Forget those of them that nobody has buried anew; said so that no index leads past the rows of others, to wait there."""
+"""Forget those of them that nobody has buried anew; said so that no index leads to others' rows, to wait there."""
 
 NOTE: Final = """\
 INSERT INTO sync_meta (name, value) VALUES (?, ?)
