@@ -262,7 +262,7 @@ async def test_a_table_that_cannot_be_adopted_is_named_and_left_alone(sql_url: s
 
 CONNECTS = """
 import asyncio, sys
-from sync_engine.storage.sql import SqlStore, migrate
+from sync_engine.storage.sql import SqlStore
 
 async def main(url):
     stores = await asyncio.gather(*[SqlStore.connect(url, timeout_ms=60000) for _ in range(5)])

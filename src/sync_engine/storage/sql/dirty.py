@@ -91,7 +91,9 @@ async def _sorted(
         return None
     rows = await questions.told(lambda routes: router.under(routes, prefix).ids_sorted(shape, bounds, limit, most))
     # Behind that count others may have written: what was cut has lost ids that the page should have.
-    return None if max(count for _, count in rows) == most else _texts(id_ for id_, _ in rows)
+    if max(count for _, count in rows) == most:
+        return None
+    return sorted(_texts(id_ for id_, _ in rows))  # no database promises the order of what a UNION is made of
 
 
 async def _walked(

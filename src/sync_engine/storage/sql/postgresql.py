@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import ssl
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 from sqlalchemy import Table
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.engine import Dialect
 
-from sync_engine.errors import ConfigError, StoreError, TierUnavailable
+from sync_engine.errors import ConfigError, StoreError, SyncEngineError, TierUnavailable
 from sync_engine.storage.sql import tables
 from sync_engine.storage.sql.address import Address, tls_context
-from sync_engine.storage.sql.dialect import BUCKETS, Held, RowRefused, Session, beside, nothing
+from sync_engine.storage.sql.dialect import BUCKETS, Held, Outrun, RowRefused, Session, beside, nothing
 from sync_engine.storage.sql.network import Limits, NetworkSession
 from sync_engine.storage.sql.postgresql_errors import at_connect, meaning
 from sync_engine.storage.sql.postgresql_words import COPIED, EMPTY_COPIED, MAKE_COPIED, Copying, PostgresqlWords
@@ -111,7 +111,7 @@ class Postgresql:
         for (name, value), (kept,) in zip(wanted.items(), held, strict=True):
             if not _same(value, kept):
                 raise StoreError("l3", f"PostgreSQL keeps {name} at {kept!r} where {value!r} is needed")
-        ((encoding, self._copying.possible),) = await session.rows(Said(SERVER))
+        ((encoding, self._copying.allowed),) = await session.rows(Said(SERVER))
         if encoding != "UTF8":
             raise StoreError("l3", f"the database stores text as {encoding}; ids are ordered as UTF-8")
 
@@ -166,19 +166,18 @@ class PostgresqlSession(NetworkSession):
     async def run(self, said: Said, meanwhile: Callable[[], None] = nothing) -> int:
         """Run one statement that changes rows; how many it changed."""
         if said.copied:
-            await self._make_copied()
-            await self._say(EMPTY_COPIED)
+            await self._ready_to_copy("")
         return await self._change(said, meanwhile)
 
     async def attempt(self, said: Said, meanwhile: Callable[[], None] = nothing) -> int:
         """The same behind a savepoint: an error would otherwise end the whole transaction."""
-        if said.copied:
-            await self._make_copied()
-        await self._say(f"SAVEPOINT here; {EMPTY_COPIED}" if said.copied else "SAVEPOINT here")
+        made = self._made_copied
+        await (self._ready_to_copy("SAVEPOINT here; ") if said.copied else self._say("SAVEPOINT here"))
         try:
             changed = await self._change(said, meanwhile)
         except RowRefused:
             await self._say("ROLLBACK TO SAVEPOINT here")
+            self._made_copied = made
             raise
         await self._say("RELEASE SAVEPOINT here")
         return changed
@@ -187,6 +186,7 @@ class PostgresqlSession(NetworkSession):
         """Open a transaction."""
         await self._say("BEGIN")
         self._in_transaction = True
+        self._made_copied = False
 
     async def lock(self, buckets: Sequence[int]) -> None:
         """Be the only writer of these buckets."""
@@ -198,7 +198,6 @@ class PostgresqlSession(NetworkSession):
         self._in_transaction = False
 
     async def _undo(self) -> None:
-        self._made_copied = False  # perhaps in the very transaction that is undone
         await self._say("ROLLBACK")
 
     async def _change(self, said: Said, meanwhile: Callable[[], None]) -> int:
@@ -211,10 +210,12 @@ class PostgresqlSession(NetworkSession):
             await self._copy(said.copied)
         return await self._whole(work)
 
-    async def _make_copied(self) -> None:
-        if not self._made_copied:
-            await self._or_not_at_all(lambda: self._connection.execute(MAKE_COPIED))
-            self._made_copied = True
+    async def _ready_to_copy(self, before: str) -> None:
+        try:
+            await self._say(before + (EMPTY_COPIED if self._made_copied else MAKE_COPIED))
+        except SyncEngineError as failed:  # by whatever rule of the users': it is not what is wrong with the rows
+            raise self._not_copied(failed) from failed
+        self._made_copied = True
 
     async def _copy(self, rows: Sequence[Sequence[Value]]) -> None:
         async def work() -> None:
@@ -223,14 +224,17 @@ class PostgresqlSession(NetworkSession):
             except (OverflowError, TypeError) as unfit:
                 raise RowRefused("l3", "a value does not fit its column") from unfit
 
-        await self._or_not_at_all(work)
-
-    async def _or_not_at_all(self, work: Callable[[], Awaitable[object]]) -> None:
         try:
             await self._whole(work)
-        except TierUnavailable:  # no right to it any more, or no room: from now on rows are sent without
-            self._copying.possible = False
-            raise
+        except TierUnavailable as failed:
+            raise self._not_copied(failed) from failed
+
+    def _not_copied(self, failed: SyncEngineError) -> SyncEngineError:
+        if self.broken or isinstance(failed, Outrun):
+            return failed
+        why = failed.reason if isinstance(failed, StoreError | TierUnavailable) else str(failed)
+        self._copying.failed(why)
+        return TierUnavailable("l3", why)
 
     async def begin_migration(self) -> None:
         """A transaction that no other migration shares, nor any writer: both would wait for the other's tables."""

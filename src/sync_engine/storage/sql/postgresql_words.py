@@ -1,11 +1,14 @@
 """What PostgreSQL says in its own way: whole columns are bound as arrays, so that a text serves any number of rows.
 
-Many rows are copied into a temporary table and taken from there, which costs both sides less than arrays do: of 1,000
-rows a fifth of the whole time and three fifths of ours, below 100 nothing is gained (docs/performance.md).
+Many small rows are copied into a temporary table and taken from there, which costs both sides less than arrays do: of
+1,000 rows a sixth of the whole time and two thirds of ours (docs/performance.md). The table lives for one transaction:
+one that stayed would keep the database from forgetting old transactions, and autovacuum may not touch it.
 """
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Iterator, Sequence
 from itertools import count
 from typing import Final, TypeVar
@@ -15,20 +18,27 @@ from sync_engine.storage.sql.words import Said, Words
 
 __all__ = ["COPIED", "EMPTY_COPIED", "MAKE_COPIED", "Copying", "PostgresqlWords"]
 
+log = logging.getLogger(__name__)
+
 T = TypeVar("T")
 
 COPIED: Final = "sync_copied"
-"""The temporary table of each connection: its columns are those of ``row_of``, and every commit empties it."""
 
 MAKE_COPIED: Final = f"""\
-CREATE TEMPORARY TABLE IF NOT EXISTS {COPIED} (id text, version int8, timestamp int8, payload_hash text, payload text,
-  payload_blob bytea, audit text, state text, access_count int8, last_accessed int8, stamp int8)
-ON COMMIT DELETE ROWS"""
+CREATE TEMPORARY TABLE {COPIED} (id text, version int8, timestamp int8, payload_hash text, payload text,
+  payload_blob bytea, audit text, state text, access_count int8, last_accessed int8, stamp int8) ON COMMIT DROP"""
+"""The columns are those of ``row_of``."""
 
-EMPTY_COPIED: Final = f"DELETE FROM pg_temp.{COPIED}"  # noqa: S608 - a constant
+EMPTY_COPIED: Final = f"TRUNCATE pg_temp.{COPIED}"
 
-COPY_MIN: Final = 100
-"""Rows that are worth being copied."""
+COPY_MIN: Final = 800
+"""Rows that are worth the table: of 500 the time is the same, and each leaves some dead rows in the catalog."""
+
+COPY_BYTES_MAX: Final = 1_500
+"""Mean of their contents: from 2 kB on a value is compressed, and would be twice."""
+
+OFF_S: Final = 600.0
+"""For so long nothing is copied after it could not be done."""
 
 ARRAYS: Final = """\
 unnest(?::text[], ?::int8[], ?::int8[], ?::text[], ?::text[], ?::bytea[], ?::text[], ?::text[],
@@ -81,9 +91,22 @@ DIRTY_ALONG: Final = "(merkle_dirty = 1)::int <> 0"
 
 
 class Copying:
-    """Whether rows can be copied: it takes the right to make temporary tables, which some users do not have."""
+    """Whether rows can be copied: some users may make no temporary table, and there may be no room for one."""
 
-    possible = False
+    def __init__(self) -> None:
+        self.allowed = False
+        self._off_until = 0.0
+
+    @property
+    def possible(self) -> bool:
+        """Whether to try."""
+        return self.allowed and time.monotonic() >= self._off_until
+
+    def failed(self, why: str) -> None:
+        """Send rows without for a while."""
+        if self.possible:
+            log.warning("rows are not copied to PostgreSQL for %.0f s, which is slower: %s", OFF_S, why)
+        self._off_until = time.monotonic() + OFF_S
 
 
 class PostgresqlWords(Words):
@@ -106,7 +129,7 @@ class PostgresqlWords(Words):
         self._copying = copying
 
     def upsert(self, rows: Sequence[Sequence[Value]]) -> Said:
-        if self._copying.possible and len(rows) >= COPY_MIN:
+        if len(rows) >= COPY_MIN and self._copying.possible and _small(rows):
             return Said(self._upsert(f"pg_temp.{COPIED}"), copied=rows)
         columns: list[Sequence[Value]] = list(zip(*rows, strict=True))
         for at, usual in USUAL.items():
@@ -142,3 +165,8 @@ class PostgresqlWords(Words):
 
     def _of_any(self, title: str) -> str:
         return self._of_ids(title, "= ANY (?::text[])")
+
+
+def _small(rows: Sequence[Sequence[Value]]) -> bool:
+    """By their contents, of which a row has one: text or bytes."""
+    return sum(len(row[4] or row[5] or "") for row in rows) <= len(rows) * COPY_BYTES_MAX  # type: ignore[misc,arg-type]  # both have a length

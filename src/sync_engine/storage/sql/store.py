@@ -294,8 +294,8 @@ class SqlStore:
     async def list_dirty_ids(self, limit: int = 1000, *, prefix: str = "", after: str | None = None) -> list[str]:
         """Ids of dirty rows that start with the prefix, ascending by code point, those greater than ``after``.
 
-        A row is dirty from any write that changed its content or version until ``mark_clean``. Go on with ``after``:
-        more than 20,000 dirty rows are found by passing the clean ones between them (docs/limits.md).
+        A row is dirty from any write that changed its content or version until ``mark_clean``. Go on with ``after``
+        until none comes: more than 20,000 dirty rows are found by passing the clean ones between them (docs/limits.md).
         """
         check_text("prefix", prefix)
         after = check_text("after", after or "")
