@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import sqlite3
+import subprocess
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
+from sync_engine import Ack, SyncEngine, SyncEngineConfig
 from sync_engine.errors import ConfigError, StoreError
 from sync_engine.item import SyncItem
 from sync_engine.storage.sql import SqlStore, dirty, tables
@@ -37,6 +40,36 @@ def sql(path: Path, statement: str, *values: object) -> list[tuple[object, ...]]
         return connection.execute(statement, values).fetchall()
     finally:
         connection.close()
+
+
+def another_process(path: Path) -> list[str]:
+    """The ids that it sees, which closes the file behind it."""
+    asks = "import sqlite3, sys; print(*sum(sqlite3.connect(sys.argv[1]).execute('SELECT id FROM sync_items'), ()))"
+    done = subprocess.run([sys.executable, "-c", asks, path], check=True, capture_output=True, text=True)
+    return sorted(done.stdout.split())
+
+
+async def test_I3_a_second_store_of_a_process_takes_no_lock_from_the_first(store: SqlStore, path: Path) -> None:
+    """It looked into the file, and closing that ended the locks of all: the next process to go took the log along.
+
+    What was committed after that went into a file that had no name any more.
+    """
+    await store.put(SyncItem("a", b"x"))
+    await (await SqlStore.connect(f"sqlite:///{path}")).close()
+    assert another_process(path) == ["a"]
+    await store.put(SyncItem("b", b"x"))
+    assert another_process(path) == ["a", "b"]
+    assert await store.exists("b")
+
+
+async def test_I3_an_engine_that_connects_anew_keeps_what_it_stores(tmp_path: Path, path: Path) -> None:
+    config = SyncEngineConfig(data_dir=tmp_path / "data", sql_url=f"sqlite:///{path}")
+    async with SyncEngine(config) as engine:
+        await engine.submit(SyncItem("a", b"x"), ack=Ack.STORED)
+        await engine.reconfigure(sql_timeout_ms=4_000)
+        assert another_process(path) == ["a"]
+        await engine.submit(SyncItem("b", b"x"), ack=Ack.STORED)
+        assert another_process(path) == ["a", "b"]
 
 
 async def test_the_folder_and_the_file_are_private(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import errno
 import logging
 import os
 import sqlite3
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -54,6 +55,10 @@ CRAMPED_COMMITS: Final = 100
 COLUMNS: Final = "SELECT name, pk > 0 FROM pragma_table_info(?) ORDER BY cid"
 
 
+class NotADatabase(TierUnavailable):
+    """The file is none of SQLite's."""
+
+
 class Sqlite:
     """A database in a file."""
 
@@ -72,10 +77,14 @@ class Sqlite:
 
     async def open(self) -> SqliteSession:
         """A new connection with its settings made and read back; the first makes the file."""
-        if self._engine is None:
-            await asyncio.to_thread(make_file, self._path)
-            self._engine = make_engine(self._path, self._timeout_ms)
-        return await SqliteSession.open(self._engine)
+        if self._engine is not None:
+            return await SqliteSession.open(self._engine)
+        await asyncio.to_thread(make_file, self._path)
+        self._engine = make_engine(self._path, self._timeout_ms)
+        try:
+            return await SqliteSession.open(self._engine)
+        except NotADatabase as other:  # which it never was; later, a damage that may pass
+            raise StoreError("l3", f"{self._path} is not an SQLite database") from other
 
     async def names(self, session: Session) -> set[str]:
         """Names of the tables and indexes that there are."""
@@ -205,24 +214,35 @@ class SqliteSession:
             raise meaning(error) from error
 
 
+_MAKING: Final = threading.Lock()
+
+
 def make_file(path: Path) -> None:
     """Make the folder (mode 0700) and the file (0600) where they are missing; what exists keeps its mode.
+
+    A file that is there is not opened: closing it would end every lock that this process holds on it, SQLite's too
+    (fcntl(2); "How To Corrupt An SQLite Database File", 2.2), and the next process to go would take the log along.
 
     Raises ``StoreError`` naming the path and what stands in the way, ``TierUnavailable`` where that may pass.
     """
     try:
+        path = path.resolve()
         missing = [folder for folder in path.parents if not folder.exists()]
         for folder in reversed(missing):
             folder.mkdir(mode=0o700, exist_ok=True)
-        # SQLite gives its -wal and -shm files the mode of the database.
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
-        with path.open("rb") as file:
-            head = file.read(16)
+        with _MAKING:  # until it is closed nobody here may think that it is there, and have SQLite open it
+            if path.is_dir():
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+            if not path.exists():
+                # SQLite gives its -wal and -shm files the mode of the database.
+                with suppress(FileExistsError):  # another process was first
+                    os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+            elif not os.access(path, os.R_OK | os.W_OK):
+                code = errno.EROFS if os.statvfs(path).f_flag & os.ST_RDONLY else errno.EACCES
+                raise OSError(code, os.strerror(code))
     except OSError as error:
         told = f"cannot open {path}: {error.strerror or error}"
         raise TierUnavailable("l3", told) if error.errno in _PASSING_OF_DISKS else StoreError("l3", told) from error
-    if head and head != b"SQLite format 3\0":
-        raise StoreError("l3", f"{path} is not an SQLite database")
 
 
 def make_engine(path: Path, timeout_ms: int) -> AsyncEngine:
@@ -299,7 +319,7 @@ def meaning(error: BaseException) -> SyncEngineError:
         return error
     code: Any = getattr(error, "sqlite_errorcode", None)
     if isinstance(code, int) and code & 0xFF in _PASSING:
-        kind = DiskFull if code in _NO_ROOM else TierUnavailable
+        kind = DiskFull if code in _NO_ROOM else NotADatabase if code == sqlite3.SQLITE_NOTADB else TierUnavailable
         return kind("l3", f"{_PASSING[code & 0xFF]} ({getattr(error, 'sqlite_errorname', code)})")
     if code == sqlite3.SQLITE_ERROR and any(missing in str(error) for missing in _MISSING):
         return TierUnavailable("l3", str(error))
