@@ -23,7 +23,7 @@ COUNTER_BITS = 16
 STEPS_BITS = 6
 """Of the counter, the steps of one microsecond: 1,000 times 64 are below 2**16."""
 APART_BITS = 10
-"""Of the counter, how far above a stamp that was read the next one is, by chance: 16 µs at most."""
+"""Of the counter, how far above a stamp that was read the next one is, by chance: 17 µs at most."""
 STAMP_MAX = 2**62
 """The year 4199. SQL keeps stamps in signed 64-bit columns: one near their end is damage, and not to be followed."""
 

@@ -236,10 +236,10 @@ class Parts:
     async def _give_back(self) -> StopReport:
         self._supervisor.cancel()
         await asyncio.wait({self._supervisor})
-        await self.quarantine.finish()  # the log's folder is somebody else's after this
         self.writes.abandon(NotRunning("the engine was stopped before the operation was in every tier"))
         await self.reader.aclose()
         await self.links.aclose()
+        await self.quarantine.finish()  # its folder is somebody else's after this
         await self._opened.aclose()
         # Counted last: the log writes what it was given before it closes.
         return StopReport(self.journal.unsettled if self.journal is not None else 0, self.writes.volatile)

@@ -116,6 +116,30 @@ async def test_tombstones_are_pruned_while_others_bury(stores: list[SqlStore], s
     }
 
 
+async def test_outdated_tombstones_go_faster_than_new_ones_come(stores: list[SqlStore], sql_url: str) -> None:
+    """Four writers who each found what the one before had just pruned removed nothing and added theirs."""
+    await stores[0].apply([Op(kind="delete", object_id=f"old{n:04}", stamp=5) for n in range(1_000)])
+    await ask(sql_url, "UPDATE sync_tombstones SET deleted_at_ms = deleted_at_ms - 800000000")
+
+    async def bury(store: SqlStore, me: int) -> None:
+        for turn in range(10):
+            fresh = [f"new{me}.{turn}.{n}" for n in range(10)]
+            await store.apply([Op(kind="delete", object_id=id_, stamp=10) for id_ in fresh])
+
+    await asyncio.gather(*map(bury, stores, range(4)))
+    old = await stores[0].buried_stamps([f"old{n:04}" for n in range(1_000)])
+    assert len(old) <= 600, "400 have come"
+    assert len(await stores[0].buried_stamps([f"new0.{turn}.{n}" for turn in range(10) for n in range(10)])) == 100
+
+
+async def test_an_outdated_tombstone_goes_with_single_deletes_too(stores: list[SqlStore], sql_url: str) -> None:
+    await stores[0].apply([Op(kind="delete", object_id=f"old{n:03}", stamp=5) for n in range(100)])
+    await ask(sql_url, "UPDATE sync_tombstones SET deleted_at_ms = deleted_at_ms - 800000000")
+    for n in range(100):
+        await stores[0].apply([Op(kind="delete", object_id=f"new{n}", stamp=10)])
+    assert len(await stores[0].buried_stamps([f"old{n:03}" for n in range(100)])) < 40
+
+
 @pytest.mark.parametrize("sql_url", ["mariadb", "postgresql"], indirect=True)
 async def test_a_process_that_stands_still_in_a_transaction_keeps_the_others_out_for_seconds_only(
     sql_url: str,

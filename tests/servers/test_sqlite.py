@@ -124,6 +124,10 @@ async def test_a_folder_or_a_file_in_the_way_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StoreError, match="Is a directory"):
         await SqlStore.connect(f"sqlite:///{tmp_path}")
+    (tmp_path / "one").symlink_to(tmp_path / "two")
+    (tmp_path / "two").symlink_to(tmp_path / "one")
+    with pytest.raises(StoreError, match="symbolic links"):
+        await SqlStore.connect(f"sqlite:///{tmp_path / 'one'}")
     with pytest.raises(StoreError, match=r"file/truth\.db"):
         await SqlStore.connect(f"sqlite:///{tmp_path / 'file' / 'truth.db'}")
 

@@ -152,6 +152,27 @@ async def test_who_gives_up_waiting_for_a_file_leaves_no_file_behind(quarantine:
     assert (await on_file(quarantine), log.settled) == ([], [1])
 
 
+async def test_an_older_file_that_cannot_be_removed_goes_later_and_holds_the_record_until_then(
+    quarantine: Crowded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Settled, it would have let an old item come back after a restart; forgotten, the log would only have grown."""
+    log = Log()
+    filing = Filing(quarantine, log)
+    await filing.refused(entry("a", 1), "l3", "no")
+
+    def failing(_: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    newer = entry("a", 2)
+    with monkeypatch.context() as broken:
+        broken.setattr(quarantine, "_remove", failing)
+        await filing.stored(newer)
+    assert newer.logged is None
+    assert await on_file(quarantine) == [("a", 1)]
+    await filing.again()
+    assert (await on_file(quarantine), log.settled) == ([], [2])
+
+
 async def until(holds: Callable[[], bool]) -> None:
     async with asyncio.timeout(10):
         while not holds():  # noqa: ASYNC110 - what a thread does sets no event

@@ -44,7 +44,9 @@ class Filing:
 
     async def stored(self, entry: Entry) -> None:
         """Take out what was refused before this entry, which is stored."""
-        await self._done(entry, self._quarantine.overtaken(entry.op.object_id, entry.op.stamp))
+        logged = entry.logged
+        if not await self._done(entry, self._quarantine.overtaken(entry.op.object_id, entry.op.stamp)) and logged:
+            self._unfiled.append((entry.op, logged))  # the older one's file is still there
 
     async def again(self) -> None:
         """Write what the quarantine could not, and let the log go of it.

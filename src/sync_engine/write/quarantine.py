@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from sync_engine.clock import COUNTER_BITS, SystemClock
+from sync_engine.errors import NotRunning
 from sync_engine.item import Op, SyncItem
 from sync_engine.log_record import BadRecord, decode_op, encode_op
 from sync_engine.ports import Cache, Clock
@@ -56,6 +57,7 @@ class Quarantine:
         self._held: dict[str, Quarantined] = {}
         self._turn = asyncio.Lock()  # two lanes, and each change is a step in memory and a step on disk
         self._changes: set[asyncio.Task[Any]] = set()
+        self._finished = False
 
     async def open(self) -> None:
         """Read what earlier runs left."""
@@ -85,7 +87,8 @@ class Quarantine:
         return await self._whole(self._forget(object_id, stamp))
 
     async def finish(self) -> None:
-        """Wait for the changes under way."""
+        """Wait for the changes under way; there are no others from then on."""
+        self._finished = True
         while self._changes:
             await asyncio.wait(self._changes)
 
@@ -110,6 +113,9 @@ class Quarantine:
 
     async def _whole(self, change: Coroutine[Any, Any, R]) -> R:
         """The change to its end, whoever gives up waiting: its thread would write on, behind what others do then."""
+        if self._finished:
+            change.close()
+            raise NotRunning("the quarantine is closed")
         task = asyncio.get_running_loop().create_task(change)
         self._changes.add(task)
         task.add_done_callback(self._changed)
@@ -178,10 +184,10 @@ class Quarantine:
     def _write_again(self, op: Op, standing: Quarantined | None) -> None:
         if standing is not None:
             self._write(standing)
-        # The file of an older one was left where this one could not be written.
+        # The file of an older one was left where this one could not be written, or its own where it has ended.
         name = self._path(op).name
         for path in self._folder.glob(f"*{name[20:]}"):
-            if path.name[:20] < name[:20]:
+            if path.name < name or (path.name == name and standing is None):
                 path.unlink(missing_ok=True)
                 self._sync_folder()
 

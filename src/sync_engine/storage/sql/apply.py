@@ -9,7 +9,7 @@ take locks alike.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
-from itertools import chain, zip_longest
+from itertools import zip_longest
 from typing import Final, NamedTuple
 
 from sync_engine.clock import COUNTER_BITS
@@ -28,6 +28,9 @@ __all__ = ["apply_ops", "shared_out"]
 
 SHARE_MIN: Final = 250
 """Operations that are worth a transaction of their own: below, its commit costs more than is gained."""
+
+LOOKED_AT_MAX: Final = 4_000
+"""Outdated tombstones among which those of a few buckets are looked for."""
 
 ROW_BYTES: Final = 512
 """About what a row binds beside its content."""
@@ -49,8 +52,9 @@ async def apply_ops(
     """Apply the newest operation of each id. Raises ``TierUnavailable`` or ``StoreError`` about the whole batch."""
     newest = _newest_per_id(ops)
     words = router.words()
-    outdated = await _outdated(session, words, newest, now_ms)
-    await session.lock(buckets_of(chain((op.object_id for op in newest), outdated)))
+    locked = buckets_of(op.object_id for op in newest)
+    await session.lock(locked)
+    outdated = await _outdated(session, words, newest, now_ms, locked)
     ((any_buried, version),) = await session.rows(words.before_writing)
     routes = await learn_if_new(session, router, int(version))
     if routes.moving:
@@ -77,16 +81,21 @@ async def apply_ops(
     )
 
 
-async def _outdated(session: Session, words: Words, ops: Sequence[Op], now_ms: int) -> list[str]:
+async def _outdated(session: Session, words: Words, ops: Sequence[Op], now_ms: int, locked: Sequence[int]) -> list[str]:
     """Tombstones to prune, if this batch may add any: twice as many, so that those of a steady stream stay bounded.
 
-    Their buckets are locked with the others: a statement that found and removed them in one would take the rows in an
-    order of its own, and on MySQL end in deadlocks with those who bury.
+    Of the locked buckets alone: a statement that found and removed them in one would take the rows in an order of its
+    own, and on MySQL end in deadlocks with those who bury.
     """
     may_bury = sum(op.kind == "delete" or not op.sql for op in ops)
     if not may_bury:
         return []
-    return [id_ for (id_,) in await session.rows(words.outdated(now_ms - TOMBSTONE_LIFE_MS, 2 * may_bury))]
+    most = 2 * may_bury
+    # Twice as many as have them on average.
+    looked_at = min(2 * most * BUCKETS // len(locked), LOOKED_AT_MAX)
+    oldest = await session.rows(words.outdated(now_ms - TOMBSTONE_LIFE_MS, max(most, looked_at)))
+    ours = frozenset(locked)
+    return [id_ for (id_,) in oldest if bucket_of(id_) in ours][:most]
 
 
 def shared_out(ops: Sequence[Op], writers: int) -> list[Sequence[Op]]:

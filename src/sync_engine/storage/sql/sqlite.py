@@ -70,6 +70,7 @@ class Sqlite:
         self._path = path
         self._timeout_ms = timeout_ms
         self._engine: AsyncEngine | None = None
+        self._was_a_database = False
 
     def words(self, *tables: str) -> SqliteWords:
         """The statements about tables of items."""
@@ -77,14 +78,17 @@ class Sqlite:
 
     async def open(self) -> SqliteSession:
         """A new connection with its settings made and read back; the first makes the file."""
-        if self._engine is not None:
-            return await SqliteSession.open(self._engine)
-        await asyncio.to_thread(make_file, self._path)
-        self._engine = make_engine(self._path, self._timeout_ms)
+        if self._engine is None:
+            await asyncio.to_thread(make_file, self._path)
+            self._engine = make_engine(self._path, self._timeout_ms)
         try:
-            return await SqliteSession.open(self._engine)
-        except NotADatabase as other:  # which it never was; later, a damage that may pass
+            session = await SqliteSession.open(self._engine)
+        except NotADatabase as other:
+            if self._was_a_database:  # a damage, which may pass
+                raise
             raise StoreError("l3", f"{self._path} is not an SQLite database") from other
+        self._was_a_database = True
+        return session
 
     async def names(self, session: Session) -> set[str]:
         """Names of the tables and indexes that there are."""
@@ -226,13 +230,15 @@ def make_file(path: Path) -> None:
     Raises ``StoreError`` naming the path and what stands in the way, ``TierUnavailable`` where that may pass.
     """
     try:
-        path = path.resolve()
+        path = Path(os.path.realpath(path))
         missing = [folder for folder in path.parents if not folder.exists()]
         for folder in reversed(missing):
             folder.mkdir(mode=0o700, exist_ok=True)
         with _MAKING:  # until it is closed nobody here may think that it is there, and have SQLite open it
             if path.is_dir():
                 raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+            if path.is_symlink():  # resolved, it is one of a circle
+                raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
             if not path.exists():
                 # SQLite gives its -wal and -shm files the mode of the database.
                 with suppress(FileExistsError):  # another process was first

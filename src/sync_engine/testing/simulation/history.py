@@ -234,6 +234,8 @@ class History:
             if (copy.stamp, copy.content, copy.state) != (row.stamp, row.content, row.state):
                 self._check_difference(copy, row, past)
         elif copy is not None:
+            if any(w.erases and w.op.stamp > copy.stamp and self._between_tiers(w) for w in past):
+                return
             # Of a cache-only write that has expired, or that Redis has lost, nothing is left to keep out what another
             # engine brings later.
             cached = [w for w in past if w.op.kind == "put" and not w.op.sql and not self._lasts(w)]
@@ -251,10 +253,13 @@ class History:
         # Of two engines one may also change the state of what Redis alone keeps, which SQL knows nothing of.
         if not self.alone and copy.stamp > row.stamp and any(w.op.kind == "put" and not w.op.sql for w in past):
             return
-        # A write that the log could not take, and of which MEMORY promised nothing, may be killed between the tiers.
-        if any(w.op.stamp == row.stamp and w.ack is Ack.MEMORY and not self.firm(w) for w in past):
+        if any(w.op.stamp == row.stamp and self._between_tiers(w) for w in past):
             return
         raise Violation("I1: the tiers differ")
+
+    def _between_tiers(self, write: Write) -> bool:
+        """Whether it may have been killed there: the log could not take it, and MEMORY promised no more (limits.md)."""
+        return write.ack is Ack.MEMORY and not self.firm(write)
 
     def _check_held(self, where: str, item: SyncItem, past: list[Write], newest: Write | None) -> None:
         source = _source(item, past)
