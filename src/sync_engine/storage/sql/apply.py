@@ -17,7 +17,7 @@ from sync_engine.errors import StoreError, SyncEngineError, VersionConflict
 from sync_engine.item import Op, SyncItem
 from sync_engine.ports import Applied
 from sync_engine.storage.sql.buckets import bucket_of, buckets_of
-from sync_engine.storage.sql.dialect import BUCKETS, RowRefused, Session
+from sync_engine.storage.sql.dialect import BUCKETS, RowRefused, Session, nothing
 from sync_engine.storage.sql.moving import bring, learn_if_new
 from sync_engine.storage.sql.routing import DEFAULT, Router, Routes
 from sync_engine.storage.sql.rows import Value, item_of, row_of
@@ -193,7 +193,7 @@ class _Batch:
     async def _upsert(self, ops: Sequence[Op]) -> int:
         rows = self._rows_of(ops)
         self._rows.clear()
-        return await self._session.attempt(self.words.upsert(rows), self._look_ahead)
+        return await self._session.attempt(self.words.upsert(rows), self._look_ahead if self._following else nothing)
 
     def _look_ahead(self) -> None:
         """Hash and make the rows of the next chunk while the database writes this one: two thirds of the time each."""

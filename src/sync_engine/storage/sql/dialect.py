@@ -39,13 +39,16 @@ def nothing() -> None:
     """What there is to do meanwhile by default."""
 
 
-async def beside(work: Awaitable[T], meanwhile: Callable[[], None]) -> T:
-    """Begin the work, do something else until it is done."""
+async def beside(work: Awaitable[T], meanwhile: Callable[[], None], word: Awaitable[object] | None = None) -> T:
+    """Begin the work, do something else until it is done.
+
+    ``word``: what was sent ahead of it, where only the answer to that tells that it is begun.
+    """
     if meanwhile is nothing:
         return await work
     begun = asyncio.ensure_future(work)
     try:
-        await asyncio.sleep(0)  # it is on its way now
+        await (word or asyncio.sleep(0))  # it is on its way now
         meanwhile()
     finally:
         done = await begun

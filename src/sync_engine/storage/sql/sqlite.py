@@ -28,7 +28,7 @@ from sqlalchemy.pool import ConnectionPoolEntry, NullPool
 
 from sync_engine.errors import ConfigError, DiskFull, StoreError, SyncEngineError, TierUnavailable
 from sync_engine.storage.sql import tables
-from sync_engine.storage.sql.dialect import Held, RowRefused, Session, nothing
+from sync_engine.storage.sql.dialect import Held, RowRefused, Session, beside, nothing
 from sync_engine.storage.sql.rows import Row
 from sync_engine.storage.sql.sqlite_words import BEGIN, COMMIT, ROLLBACK, SqliteWords
 from sync_engine.storage.sql.words import Said
@@ -51,6 +51,8 @@ CHECKPOINT: Final = "PRAGMA wal_checkpoint(TRUNCATE)"
 
 CRAMPED_COMMITS: Final = 100
 """For how long a disk that was full counts as nearly full: each of them costs two syncs more."""
+
+WORD: Final = Said("SELECT 1")
 
 COLUMNS: Final = "SELECT name, pk > 0 FROM pragma_table_info(?) ORDER BY cid"
 
@@ -161,8 +163,13 @@ class SqliteSession:
 
     async def attempt(self, said: Said, meanwhile: Callable[[], None] = nothing) -> int:
         """The same: an error undoes its own statement and no other, unless a trigger says otherwise."""
-        # Nothing is done meanwhile: the connection's thread and ours share the GIL, and took 10 % longer for it.
-        return await self.run(said)
+        if meanwhile is nothing:
+            return await self.run(said)
+        # To have sent a statement is not to have begun it: the connection's thread needs the GIL for that, and would
+        # wait for all that is done meanwhile. It comes to the statement right behind its answer to a word sent ahead,
+        # and gives the GIL away inside of it (bench sql_writes: a third less time).
+        word = asyncio.ensure_future(self.rows(WORD))
+        return await beside(self.run(said), meanwhile, word)
 
     @property
     def in_transaction(self) -> bool:
