@@ -13,9 +13,9 @@ from sqlalchemy.engine import Dialect
 from sync_engine.errors import ConfigError, StoreError, SyncEngineError, TierUnavailable
 from sync_engine.storage.sql import tables
 from sync_engine.storage.sql.address import Address, tls_context
-from sync_engine.storage.sql.dialect import BUCKETS, Held, Outrun, RowRefused, Session, beside, nothing
+from sync_engine.storage.sql.dialect import BUCKETS, Held, RowRefused, Session, beside, nothing
 from sync_engine.storage.sql.network import Limits, NetworkSession
-from sync_engine.storage.sql.postgresql_errors import at_connect, meaning
+from sync_engine.storage.sql.postgresql_errors import at_connect, meaning, of_the_moment
 from sync_engine.storage.sql.postgresql_words import COPIED, EMPTY_COPIED, MAKE_COPIED, Copying, PostgresqlWords
 from sync_engine.storage.sql.rows import Row, Value
 from sync_engine.storage.sql.words import Said
@@ -214,7 +214,8 @@ class PostgresqlSession(NetworkSession):
         try:
             await self._say(before + (EMPTY_COPIED if self._made_copied else MAKE_COPIED))
         except SyncEngineError as failed:  # by whatever rule of the users': it is not what is wrong with the rows
-            raise self._not_copied(failed) from failed
+            self._copy_failed(failed)
+            raise
         self._made_copied = True
 
     async def _copy(self, rows: Sequence[Sequence[Value]]) -> None:
@@ -226,15 +227,19 @@ class PostgresqlSession(NetworkSession):
 
         try:
             await self._whole(work)
-        except TierUnavailable as failed:
-            raise self._not_copied(failed) from failed
+        except RowRefused:
+            raise
+        except SyncEngineError as failed:
+            self._copy_failed(failed)
+            raise
 
-    def _not_copied(self, failed: SyncEngineError) -> SyncEngineError:
-        if self.broken or isinstance(failed, Outrun):
-            return failed
+    def _copy_failed(self, failed: SyncEngineError) -> None:
+        """Have the next try do without a copy, if it is that which cannot be done."""
+        if self.broken or of_the_moment(failed):
+            return
         why = failed.reason if isinstance(failed, StoreError | TierUnavailable) else str(failed)
         self._copying.failed(why)
-        return TierUnavailable("l3", why)
+        raise TierUnavailable("l3", why) from failed
 
     async def begin_migration(self) -> None:
         """A transaction that no other migration shares, nor any writer: both would wait for the other's tables."""

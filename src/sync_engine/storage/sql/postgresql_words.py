@@ -91,7 +91,10 @@ DIRTY_ALONG: Final = "(merkle_dirty = 1)::int <> 0"
 
 
 class Copying:
-    """Whether rows can be copied: some users may make no temporary table, and there may be no room for one."""
+    """Whether rows can be copied: some users may make no temporary table, and there may be no room for one.
+
+    What any statement would have met, such as a time-out, says nothing of that.
+    """
 
     def __init__(self) -> None:
         self.allowed = False
