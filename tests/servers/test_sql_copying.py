@@ -91,20 +91,6 @@ async def test_each_statement_of_a_transaction_takes_its_own_rows(url: str) -> N
     await store.close()
 
 
-async def test_each_copy_without_a_savepoint_takes_its_own_rows_too(url: str) -> None:
-    store = await SqlStore.connect(url)
-    await watch_copies(url)
-    session = await database_of(url, 5000).open()
-    await session.begin()
-    for part in "ab":
-        rows = [[f"{part}{n:04}", 1, 2, "h", None, b"x", None, "s", 0, 0, 1] for n in range(COPY_MIN)]
-        assert await session.run(store._words.upsert(rows)) == COPY_MIN  # type: ignore[arg-type]
-    await session.commit()
-    assert await copies(url) == [COPY_MIN, COPY_MIN]
-    await session.close()
-    await store.close()
-
-
 async def test_no_table_outlives_its_transaction(url: str) -> None:
     """The database could forget no transaction since it was made, and would refuse all writes after 2 billion."""
     store = await SqlStore.connect(url)

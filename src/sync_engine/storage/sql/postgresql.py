@@ -163,17 +163,17 @@ class PostgresqlSession(NetworkSession):
 
         return await self._whole(work)
 
-    async def run(self, said: Said, meanwhile: Callable[[], None] = nothing) -> int:
+    async def run(self, said: Said) -> int:
         """Run one statement that changes rows; how many it changed."""
-        if said.copied:
-            await self._ready_to_copy("")
-        return await self._change(said, meanwhile)
+        return await self._change(said, nothing)
 
     async def attempt(self, said: Said, meanwhile: Callable[[], None] = nothing) -> int:
         """The same behind a savepoint: an error would otherwise end the whole transaction."""
         made = self._made_copied
-        await (self._ready_to_copy("SAVEPOINT here; ") if said.copied else self._say("SAVEPOINT here"))
+        await (self._ready_to_copy() if said.copied else self._say("SAVEPOINT here"))
         try:
+            if said.copied:
+                await self._copy(said.copied)
             changed = await self._change(said, meanwhile)
         except RowRefused:
             await self._say("ROLLBACK TO SAVEPOINT here")
@@ -206,13 +206,11 @@ class PostgresqlSession(NetworkSession):
             status = told.rpartition(" ")[2]
             return int(status) if status.isdigit() else 0
 
-        if said.copied:
-            await self._copy(said.copied)
         return await self._whole(work)
 
-    async def _ready_to_copy(self, before: str) -> None:
+    async def _ready_to_copy(self) -> None:
         try:
-            await self._say(before + (EMPTY_COPIED if self._made_copied else MAKE_COPIED))
+            await self._say("SAVEPOINT here; " + (EMPTY_COPIED if self._made_copied else MAKE_COPIED))
         except SyncEngineError as failed:  # by whatever rule of the users': it is not what is wrong with the rows
             self._copy_failed(failed)
             raise
