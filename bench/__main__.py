@@ -15,6 +15,7 @@ from pathlib import Path
 
 from bench import (
     acks,
+    dirty_pages,
     drain,
     end_to_end,
     flush_writers,
@@ -57,6 +58,7 @@ QUESTIONS: Mapping[str, Callable[[Stage], Awaitable[list[Answer]]]] = {
     "drain": drain.ask,
     "drain_servers": drain.ask_servers,
     "growth": growth.ask,
+    "dirty_pages": dirty_pages.ask,
 }
 RESULTS = Path(__file__).parent / "results"
 ROUNDS = 5

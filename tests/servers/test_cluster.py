@@ -266,7 +266,7 @@ async def test_300_cancelled_calls_leave_no_wrong_reply_and_no_connection_in_use
     found = await store.get_many([item.object_id for item in batch])
     assert {id_: item.content for id_, item in found.items()} == {item.object_id: item.content for item in batch}
     lines = store._servers._lines.values()
-    await asyncio.wait(store._servers._tasks or {asyncio.create_task(asyncio.sleep(0))})
+    await store._servers._owned.over()
     assert [len(line.client.connection_pool._in_use_connections) for line in lines] == [0] * len(lines)
 
 

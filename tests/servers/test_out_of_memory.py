@@ -215,7 +215,7 @@ async def test_I6_I8_wherever_a_batch_meets_the_limit_nothing_disagrees(store: R
 
 async def idle(store: RedisStore) -> None:
     """Until the chunks that were under way when one was refused have been answered."""
-    while store._servers._tasks:  # noqa: ASYNC110  nothing announces it
+    while store._servers._owned:  # noqa: ASYNC110  nothing announces it
         await asyncio.sleep(0.001)
 
 

@@ -479,7 +479,7 @@ async def test_a_delete_that_is_cancelled_in_the_middle_is_called_again(store: R
 
 async def settled(store: RedisStore) -> None:
     """Until the calls that a cancelled one had sent are done."""
-    while store._servers._tasks:  # noqa: ASYNC110  nothing announces it
+    while store._servers._owned:  # noqa: ASYNC110  nothing announces it
         await asyncio.sleep(0.001)
 
 

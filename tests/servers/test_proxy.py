@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
 from collections.abc import AsyncIterator
 from typing import Any
 from urllib.parse import urlsplit
@@ -179,6 +180,15 @@ async def test_a_delayed_reply_arrives_complete(proxy: CuttingProxy, redis_url: 
         await ask(proxy.url_for(redis_url), "PING", socket_timeout=0.05)
     proxy.delay(0.01)
     assert await ask(proxy.url_for(redis_url), "PING")
+
+
+async def test_it_holds_back_no_small_piece_by_itself(proxy: CuttingProxy, redis_url: str) -> None:
+    """Until the one before is acknowledged, which may be 40 ms: more than the delays that benchmarks ask for."""
+    async with Line(proxy, redis_url):
+        sides = [side for link in proxy._links for side in (link.client, link.server)]
+        over_tcp = [side for side in sides if side.family == socket.AF_INET]
+        assert over_tcp
+        assert all(side.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) for side in over_tcp)
 
 
 async def test_the_server_is_killed_in_the_middle_of_a_batch(own_redis: StartRedis) -> None:

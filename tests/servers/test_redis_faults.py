@@ -72,7 +72,7 @@ async def agrees(store: RedisStore) -> dict[str, SyncItem]:
 
 async def idle(store: RedisStore) -> None:
     """Until what is under way has been answered."""
-    while store._servers._tasks:  # noqa: ASYNC110  nothing announces it
+    while store._servers._owned:  # noqa: ASYNC110  nothing announces it
         await asyncio.sleep(0.001)
 
 

@@ -372,7 +372,7 @@ async def test_300_cancelled_gets_leave_no_wrong_reply_and_no_connection_behind(
 
 async def test_a_cancelled_write_is_carried_to_its_end(store: RedisStore) -> None:
     task = asyncio.create_task(store.put(SyncItem("a", b"{}")))
-    while not store._servers._tasks:  # noqa: ASYNC110  nothing announces it
+    while not store._servers._owned:  # noqa: ASYNC110  nothing announces it
         await asyncio.sleep(0)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):

@@ -12,8 +12,10 @@ from sync_engine.item import Op, SyncItem
 from sync_engine.storage.sql import SqlStore
 from sync_engine.storage.sql.connect import database_of
 from sync_engine.storage.sql.dialect import RowRefused
-from sync_engine.storage.sql.postgresql_words import COPIED, COPY_MIN
+from sync_engine.storage.sql.postgresql_words import COPIED, COPY_MIN, PostgresqlWords
+from sync_engine.storage.sql.words import Said
 from sync_engine.testing.databases import RunningDatabase, ask
+from sync_engine.testing.proxy import CuttingProxy
 
 MANY = 2_500
 """More than one statement takes."""
@@ -57,6 +59,14 @@ async def refuse(url: str, state: str) -> None:
     await ask(url, f"ALTER TABLE sync_items ADD CONSTRAINT never CHECK (state <> '{state}')")
 
 
+async def forbid(url: str, statement: str) -> None:
+    """Have the server run this before it makes any table."""
+    await ask(url, f"CREATE FUNCTION forbid() RETURNS event_trigger LANGUAGE plpgsql AS $$ BEGIN {statement}; END $$")
+    await ask(
+        url, "CREATE EVENT TRIGGER forbid ON ddl_command_start WHEN TAG IN ('CREATE TABLE') EXECUTE FUNCTION forbid()"
+    )
+
+
 async def test_many_rows_are_copied_and_few_are_not(url: str) -> None:
     store = await SqlStore.connect(url)
     await watch_copies(url)
@@ -78,20 +88,6 @@ async def test_each_statement_of_a_transaction_takes_its_own_rows(url: str) -> N
     await store.apply(ops)
     assert await copies(url) == [2_000, 2_000, 1_000]
     assert await store.get_many([op.object_id for op in ops]) == {op.object_id: op.item for op in ops}
-    await store.close()
-
-
-async def test_each_copy_without_a_savepoint_takes_its_own_rows_too(url: str) -> None:
-    store = await SqlStore.connect(url)
-    await watch_copies(url)
-    session = await database_of(url, 5000).open()
-    await session.begin()
-    for part in "ab":
-        rows = [[f"{part}{n:04}", 1, 2, "h", None, b"x", None, "s", 0, 0, 1] for n in range(COPY_MIN)]
-        assert await session.run(store._words.upsert(rows)) == COPY_MIN  # type: ignore[arg-type]
-    await session.commit()
-    assert await copies(url) == [COPY_MIN, COPY_MIN]
-    await session.close()
     await store.close()
 
 
@@ -182,19 +178,33 @@ async def test_who_may_make_no_temporary_table_writes_without(postgres_server: R
         await ask(url, f'DROP ROLE "{user}"')
 
 
-@pytest.mark.parametrize("code", ["42000", "P0001", "53100"])
+@pytest.mark.parametrize("code", ["42000", "42501", "0A000", "P0001", "55000", "53100", "XX000"])
 async def test_where_no_table_can_be_made_the_next_try_is_without(
     url: str, code: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Whatever stands in the way, such as a rule of the users' that nobody changes a schema."""
     store = await SqlStore.connect(url)
+    await forbid(url, f"RAISE EXCEPTION 'frozen' USING ERRCODE = '{code}'")
+    ops = [put(f"a{n:04}", 1) for n in range(MANY)]
+    with pytest.raises(TierUnavailable):
+        await store.apply(ops)
+    assert not (await store.apply(ops)).refused
+    assert await store.count() == MANY
+    assert caplog.text.count("rows are not copied") == 1
+    await store.close()
+
+
+async def test_a_server_that_knows_no_copy_is_asked_once(url: str, caplog: pytest.LogCaptureFixture) -> None:
+    """As some that speak PostgreSQL's protocol: here the table to copy into is one that nothing can be copied into."""
+    store = await SqlStore.connect(url)
     await ask(
         url,
-        "CREATE FUNCTION forbid() RETURNS event_trigger LANGUAGE plpgsql AS "
-        f"$$ BEGIN RAISE EXCEPTION 'frozen' USING ERRCODE = '{code}'; END $$",
+        "CREATE FUNCTION instead() RETURNS event_trigger LANGUAGE plpgsql AS $$ BEGIN "
+        f"IF to_regclass('pg_temp.{COPIED}') IS NOT NULL THEN DROP TABLE pg_temp.{COPIED}; "
+        f"CREATE TEMPORARY VIEW {COPIED} AS SELECT {PostgresqlWords.columns} FROM sync_items; END IF; END $$",
     )
     await ask(
-        url, "CREATE EVENT TRIGGER forbid ON ddl_command_start WHEN TAG IN ('CREATE TABLE') EXECUTE FUNCTION forbid()"
+        url, "CREATE EVENT TRIGGER instead ON ddl_command_end WHEN TAG IN ('CREATE TABLE') EXECUTE FUNCTION instead()"
     )
     ops = [put(f"a{n:04}", 1) for n in range(MANY)]
     with pytest.raises(TierUnavailable):
@@ -203,6 +213,57 @@ async def test_where_no_table_can_be_made_the_next_try_is_without(
     assert await store.count() == MANY
     assert caplog.text.count("rows are not copied") == 1
     await store.close()
+
+
+@pytest.mark.parametrize("code", ["25006", "57014", "55P03", "57P01"])
+async def test_what_any_statement_would_meet_leaves_copying_on(
+    url: str, code: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A server that takes no writes, a time-out: ten minutes of slower writes made it no better."""
+    store = await SqlStore.connect(url)
+    await watch_copies(url)
+    await forbid(url, f"RAISE EXCEPTION 'not now' USING ERRCODE = '{code}'")
+    ops = [put(f"a{n:04}", 1) for n in range(COPY_MIN)]
+    with pytest.raises(TierUnavailable, match=code):
+        await store.apply(ops)
+    await ask(url, "DROP EVENT TRIGGER forbid")
+    assert not (await store.apply(ops)).refused
+    assert await copies(url) == [COPY_MIN]
+    assert "rows are not copied" not in caplog.text
+    await store.close()
+
+
+async def test_a_lock_that_was_not_to_be_had_in_time_leaves_copying_on(url: str) -> None:
+    store = await SqlStore.connect(url, timeout_ms=200)
+    await watch_copies(url)
+    await ask(url, "CREATE TABLE gate ()")
+    await forbid(url, "LOCK TABLE gate")
+    keeper = await database_of(url, 5000).open()
+    await keeper.begin()
+    await keeper.run(Said("LOCK TABLE gate"))
+    ops = [put(f"a{n:04}", 1) for n in range(COPY_MIN)]
+    with pytest.raises(TierUnavailable, match="not to be had in time"):
+        await store.apply(ops)
+    await keeper.close()
+    assert not (await store.apply(ops)).refused
+    assert await copies(url) == [COPY_MIN]
+    await store.close()
+
+
+@pytest.mark.parametrize("after_bytes", [500, 50_000])
+async def test_a_connection_lost_within_a_copy_leaves_copying_on(url: str, after_bytes: int) -> None:
+    async with CuttingProxy(url) as proxy:
+        store = await SqlStore.connect(proxy.url_for(url))
+        await watch_copies(url)
+        ops = [put(f"a{n:04}", 1, bytes(100)) for n in range(COPY_MIN)]
+        await store.count()
+        proxy.cut_after_request_bytes(after_bytes)
+        with pytest.raises(TierUnavailable):
+            await store.apply(ops)
+        assert proxy.cuts == 1
+        assert not (await store.apply(ops)).refused
+        assert await copies(url) == [COPY_MIN]
+        await store.close()
 
 
 async def test_a_table_made_in_a_transaction_that_was_undone_is_made_again(url: str) -> None:

@@ -380,7 +380,7 @@ async def test_who_gives_up_waiting_leaves_the_rows_called_clean_or_dirty_and_no
         marking.cancel()
         await asyncio.gather(marking, return_exceptions=True)
     await store.apply([put("j", 1)])
-    await asyncio.gather(*store._writing.tasks)
+    await store._writing.running.over()
     assert await store.list_dirty_ids() == ["j"]
 
 

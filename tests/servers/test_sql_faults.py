@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import signal
 import sqlite3
@@ -174,6 +175,22 @@ async def test_a_cancelled_caller_leaves_no_open_transaction(store: SqlStore) ->
         assert not any([(await writer.session()).in_transaction for writer in store._writers])
         contents = {item.content for item in await store.scan_prefix("a")}
         assert len(contents) <= len(store._writers), "half a transaction is visible"
+
+
+async def test_the_failure_of_a_cancelled_write_is_not_reported_by_asyncio(in_file: SqlStore, path: Path) -> None:
+    """With its traceback, in which a driver may quote a row."""
+    complaints: list[object] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
+    with write_locked(path, wait_s=0):
+        task = asyncio.create_task(in_file.apply([put("a", 1)]))
+        await asyncio.sleep(0.01)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        while "0 writes running" not in repr(in_file):  # noqa: ASYNC110  nothing announces it
+            await asyncio.sleep(0.01)
+    gc.collect()
+    assert await in_file.count() == 0
+    assert not complaints
 
 
 async def test_cancelled_reads_never_give_another_call_their_answer(store: SqlStore) -> None:

@@ -427,7 +427,7 @@ async def test_a_store_that_is_closed_in_the_middle_goes_on_at_the_next_start(sq
     assert 0 < len(await ids_in(sql_url, "one")) < 500
     assert await routes(sql_url) == [("a", "one_items", 1)]
     store = await SqlStore.connect(sql_url)
-    await asyncio.gather(*store._writing.tasks)
+    await store._writing.running.over()
     assert await routes(sql_url) == [("a", "one_items", 0)]
     assert (len(await ids_in(sql_url, "one")), await ids_in(sql_url, "sync")) == (500, [])
     await store.close()
@@ -441,7 +441,7 @@ async def test_who_gives_up_waiting_leaves_the_move_to_finish(sql_url: str) -> N
     await clock.moved.wait()
     registering.cancel()
     clock.on.set()
-    await asyncio.gather(*store._writing.tasks)
+    await store._writing.running.over()
     assert await routes(sql_url) == [("a", "one_items", 0)]
     await store.close()
 

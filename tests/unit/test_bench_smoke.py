@@ -46,6 +46,9 @@ def test_every_question_is_answered_in_a_quick_run() -> None:
         "1,000 operations, new writes flowing, Redis + PostgreSQL",
         "the driver alone: MariaDB",
         "the driver alone: PostgreSQL",
+        "1,000 rows a transaction, PostgreSQL 2 ms away: copied beside unnest",
+        "rows of 3 kB a transaction, PostgreSQL beside it: copied beside unnest",
+        "a page of 500 ids",
         "cost per",
     ):
         assert any(asked in answer for answer in answers), said.stdout

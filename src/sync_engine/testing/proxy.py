@@ -167,6 +167,10 @@ class CuttingProxy:
             self.connections += 1
             server = socket.socket(socket.AF_UNIX if isinstance(self._upstream, str) else socket.AF_INET)
             server.setblocking(False)
+            for side in (client, server):
+                if side.family == socket.AF_INET:
+                    # As clients and servers do themselves: what is held back is to be held back by ``delay`` alone.
+                    side.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             link = _Link(client, server)
             link.task = asyncio.get_running_loop().create_task(self._serve(link))
             link.task.add_done_callback(lambda _: self._end(link))

@@ -21,6 +21,7 @@ from sync_engine.clock import COUNTER_BITS, SystemClock
 from sync_engine.errors import NotRunning
 from sync_engine.item import Op, SyncItem
 from sync_engine.log_record import BadRecord, decode_op, encode_op
+from sync_engine.owned import Owned
 from sync_engine.ports import Cache, Clock
 
 __all__ = ["Quarantine", "Quarantined", "withdraw"]
@@ -56,7 +57,7 @@ class Quarantine:
         self._clock = clock if clock is not None else SystemClock()
         self._held: dict[str, Quarantined] = {}
         self._turn = asyncio.Lock()  # two lanes, and each change is a step in memory and a step on disk
-        self._changes: set[asyncio.Task[Any]] = set()
+        self._changes = Owned()
         self._finished = False
 
     async def open(self) -> None:
@@ -89,8 +90,7 @@ class Quarantine:
     async def finish(self) -> None:
         """Wait for the changes under way; there are no others from then on."""
         self._finished = True
-        while self._changes:
-            await asyncio.wait(self._changes)
+        await self._changes.over()
 
     def get(self, object_id: str) -> Quarantined | None:
         """The refused operation on this id, if any."""
@@ -116,15 +116,7 @@ class Quarantine:
         if self._finished:
             change.close()
             raise NotRunning("the quarantine is closed")
-        task = asyncio.get_running_loop().create_task(change)
-        self._changes.add(task)
-        task.add_done_callback(self._changed)
-        return await asyncio.shield(task)
-
-    def _changed(self, change: asyncio.Task[Any]) -> None:
-        self._changes.discard(change)
-        if not change.cancelled():
-            change.exception()  # its caller has seen it, or is gone
+        return await self._changes.whole(change)
 
     async def _keep(self, op: Op, tier: str, reason: str) -> None:
         async with self._turn:

@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
+from sync_engine.owned import Owned
 from sync_engine.storage.redis.capabilities import Capabilities
 from sync_engine.storage.redis.refusals import UnknownScript
 from sync_engine.storage.redis.scripts import Script
@@ -25,7 +26,7 @@ class Calls(ABC):
 
     def __init__(self, on_new_server: Callable[[], None] | None) -> None:
         self._on_new_server = on_new_server
-        self._tasks: set[asyncio.Task[Any]] = set()
+        self._owned = Owned()
         self._closed = False
         self._capabilities: Capabilities | None = None
         self._finding: asyncio.Task[Capabilities] | None = None
@@ -36,11 +37,11 @@ class Calls(ABC):
 
     async def call(self, shard: Shard, *args: Arg) -> Any:
         """The reply to one command. Raises ``TierUnavailable`` or ``StoreError``."""
-        return await asyncio.shield(self.own(self.exchange(shard, *args)))
+        return await self._owned.whole(self.exchange(shard, *args))
 
     async def run(self, shard: Shard, script: Script, keys: Sequence[Arg], args: Sequence[Arg]) -> Any:
         """The reply to one script, sent by its hash and, where the server has not seen it, by its text."""
-        return await asyncio.shield(self.start(shard, script, keys, args))
+        return await self._owned.whole(self.evaluate(shard, script, keys, args))
 
     def start(self, shard: Shard, script: Script, keys: Sequence[Arg], args: Sequence[Arg]) -> asyncio.Task[Any]:
         """``run`` in a task of ours; whoever awaits it does so shielded."""
@@ -63,10 +64,7 @@ class Calls(ABC):
 
     def own(self, call: Coroutine[Any, Any, R]) -> asyncio.Task[R]:
         """A task that ``close`` waits for."""
-        task = asyncio.get_running_loop().create_task(call)
-        self._tasks.add(task)
-        task.add_done_callback(self._done)
-        return task
+        return self._owned.start(call)
 
     @abstractmethod
     async def _find_out(self) -> Capabilities:
@@ -74,16 +72,10 @@ class Calls(ABC):
 
     async def _finish(self) -> None:
         """Let calls under way end, those too that begin meanwhile; none begins from then on."""
-        while self._tasks:
-            await asyncio.wait(self._tasks)
+        await self._owned.over()
         self._closed = True
 
     def _new_server(self) -> None:
         self._capabilities = self._finding = None
         if self._on_new_server is not None:
             self._on_new_server()
-
-    def _done(self, task: asyncio.Task[Any]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled():
-            task.exception()  # a caller that was cancelled will not ask for it

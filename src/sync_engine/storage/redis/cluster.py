@@ -236,7 +236,7 @@ class Cluster(Calls):
         return found
 
     def __repr__(self) -> str:
-        primaries, calls = len(self._topology.primaries), len(self._tasks)
+        primaries, calls = len(self._topology.primaries), len(self._owned)
         return f"<Cluster {primaries} primaries, {calls} calls under way{', closed' if self._closed else ''}>"
 
 

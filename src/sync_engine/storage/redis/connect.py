@@ -135,7 +135,7 @@ class Line(Calls):
         return found
 
     def __repr__(self) -> str:
-        return f"<Line {len(self._tasks)} calls under way{', closed' if self._closed else ''}>"
+        return f"<Line {len(self._owned)} calls under way{', closed' if self._closed else ''}>"
 
 
 @contextmanager

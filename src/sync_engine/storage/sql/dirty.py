@@ -31,8 +31,8 @@ SEEN_IDS: Final = 100
 """Ids read at a time in search of the next prefix: a few prefixes of many ids and many of one each cost alike."""
 
 SORTED_MAX: Final = 20_000
-"""Most dirty rows that are found by their flag to be sorted, anew for each page: one of 500 among 20,000 costs SQLite
-60 ms; one along the ids of 600,000 rows, of which so many are dirty, 460 ms (2 cores, 2026-11)."""
+"""Most dirty rows that are found by their flag to be sorted, anew for each page: that bounds what a page costs, however
+many clean rows there are. Along the ids it costs what it passes of them (``make bench ARGS=dirty_pages``: both)."""
 
 IDS_AT_ONCE: Final = 20_000
 """Ids that are read ahead of their rows: at 255 characters at most some megabytes, usually one."""

@@ -193,7 +193,7 @@ async def _copy_the_first(database: Database, session: Session, words: Words) ->
                 continue
             written.append(row_of(item, 0))
         for part in words.parts(written):
-            await session.run(words.upsert(part))
+            await session.attempt(words.upsert(part))
         copied += len(written)
     _log.warning(
         "copied %d items of an early release into %s, left %d; %s can be dropped", copied, items.name, left, FIRST

@@ -10,9 +10,10 @@ from __future__ import annotations
 import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
-from typing import Any, Final, TypeVar
+from typing import Final, TypeVar
 
 from sync_engine.errors import SyncEngineError, TierUnavailable
+from sync_engine.owned import Owned
 
 __all__ = ["Limits", "NetworkSession"]
 
@@ -41,7 +42,7 @@ class NetworkSession(ABC):
         self.running = 0
         self._limits = limits
         self._turn = asyncio.Lock()
-        self._calls: set[asyncio.Task[Any]] = set()
+        self._calls = Owned()
         self._in_transaction = False
         self._patient = False
         """Whether an answer may take as long as it takes: an index of a large table does."""
@@ -78,15 +79,7 @@ class NetworkSession(ABC):
             self._tear()
 
     async def _whole(self, work: Callable[[], Awaitable[T]]) -> T:
-        task: asyncio.Task[T] = asyncio.get_running_loop().create_task(self._in_turn(work))
-        self._calls.add(task)
-        task.add_done_callback(self._ended)
-        return await asyncio.shield(task)
-
-    def _ended(self, call: asyncio.Task[Any]) -> None:
-        self._calls.discard(call)
-        if not call.cancelled():
-            call.exception()  # its caller has seen it, or is gone
+        return await self._calls.whole(self._in_turn(work))
 
     async def _in_turn(self, work: Callable[[], Awaitable[T]]) -> T:
         self.running += 1

@@ -13,9 +13,9 @@ from sqlalchemy.engine import Dialect
 from sync_engine.errors import ConfigError, StoreError, SyncEngineError, TierUnavailable
 from sync_engine.storage.sql import tables
 from sync_engine.storage.sql.address import Address, tls_context
-from sync_engine.storage.sql.dialect import BUCKETS, Held, Outrun, RowRefused, Session, beside, nothing
+from sync_engine.storage.sql.dialect import BUCKETS, Held, RowRefused, Session, beside, nothing
 from sync_engine.storage.sql.network import Limits, NetworkSession
-from sync_engine.storage.sql.postgresql_errors import at_connect, meaning
+from sync_engine.storage.sql.postgresql_errors import at_connect, meaning, of_the_moment
 from sync_engine.storage.sql.postgresql_words import COPIED, EMPTY_COPIED, MAKE_COPIED, Copying, PostgresqlWords
 from sync_engine.storage.sql.rows import Row, Value
 from sync_engine.storage.sql.words import Said
@@ -163,17 +163,17 @@ class PostgresqlSession(NetworkSession):
 
         return await self._whole(work)
 
-    async def run(self, said: Said, meanwhile: Callable[[], None] = nothing) -> int:
+    async def run(self, said: Said) -> int:
         """Run one statement that changes rows; how many it changed."""
-        if said.copied:
-            await self._ready_to_copy("")
-        return await self._change(said, meanwhile)
+        return await self._change(said, nothing)
 
     async def attempt(self, said: Said, meanwhile: Callable[[], None] = nothing) -> int:
         """The same behind a savepoint: an error would otherwise end the whole transaction."""
         made = self._made_copied
-        await (self._ready_to_copy("SAVEPOINT here; ") if said.copied else self._say("SAVEPOINT here"))
+        await (self._ready_to_copy() if said.copied else self._say("SAVEPOINT here"))
         try:
+            if said.copied:
+                await self._copy(said.copied)
             changed = await self._change(said, meanwhile)
         except RowRefused:
             await self._say("ROLLBACK TO SAVEPOINT here")
@@ -206,15 +206,14 @@ class PostgresqlSession(NetworkSession):
             status = told.rpartition(" ")[2]
             return int(status) if status.isdigit() else 0
 
-        if said.copied:
-            await self._copy(said.copied)
         return await self._whole(work)
 
-    async def _ready_to_copy(self, before: str) -> None:
+    async def _ready_to_copy(self) -> None:
         try:
-            await self._say(before + (EMPTY_COPIED if self._made_copied else MAKE_COPIED))
+            await self._say("SAVEPOINT here; " + (EMPTY_COPIED if self._made_copied else MAKE_COPIED))
         except SyncEngineError as failed:  # by whatever rule of the users': it is not what is wrong with the rows
-            raise self._not_copied(failed) from failed
+            self._copy_failed(failed)
+            raise
         self._made_copied = True
 
     async def _copy(self, rows: Sequence[Sequence[Value]]) -> None:
@@ -226,15 +225,19 @@ class PostgresqlSession(NetworkSession):
 
         try:
             await self._whole(work)
-        except TierUnavailable as failed:
-            raise self._not_copied(failed) from failed
+        except RowRefused:
+            raise
+        except SyncEngineError as failed:
+            self._copy_failed(failed)
+            raise
 
-    def _not_copied(self, failed: SyncEngineError) -> SyncEngineError:
-        if self.broken or isinstance(failed, Outrun):
-            return failed
+    def _copy_failed(self, failed: SyncEngineError) -> None:
+        """Have the next try do without a copy, if it is that which cannot be done."""
+        if self.broken or of_the_moment(failed):
+            return
         why = failed.reason if isinstance(failed, StoreError | TierUnavailable) else str(failed)
         self._copying.failed(why)
-        return TierUnavailable("l3", why)
+        raise TierUnavailable("l3", why) from failed
 
     async def begin_migration(self) -> None:
         """A transaction that no other migration shares, nor any writer: both would wait for the other's tables."""

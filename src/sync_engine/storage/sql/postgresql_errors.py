@@ -8,7 +8,7 @@ from typing import Any, Final
 from sync_engine.errors import ConfigError, StoreError, SyncEngineError, TierUnavailable
 from sync_engine.storage.sql.dialect import Outrun, RowRefused
 
-__all__ = ["at_connect", "meaning"]
+__all__ = ["at_connect", "meaning", "of_the_moment"]
 
 _PASSING: Final = {
     "08": "the connection failed",
@@ -30,6 +30,9 @@ _PASSING: Final = {
     "XX": "the server has trouble with itself",
 }
 """Troubles of the moment or of the machine: nothing is known of the items, and asking later can help."""
+
+_OF_THE_MOMENT: Final = ("08", "25", "26", "28", "3D", "55P03", "57")
+"""Of these the ones that any statement would have met. Not 53: there may be no room for what this one makes."""
 
 _REFUSED: Final = ("22", "23", "44", "54", "P0")
 """Data exceptions, constraints, views' checks, program limits (a row, an index entry is too large), triggers."""
@@ -58,6 +61,16 @@ def meaning(driver: Any, error: Exception) -> BaseException:
     if isinstance(error, UnicodeError):
         return RowRefused("l3", "a text is not valid Unicode")
     return error
+
+
+def of_the_moment(failed: SyncEngineError) -> bool:
+    """Whether any statement would have failed so, as of an error of ``meaning``'s: it says nothing of this one."""
+    if isinstance(failed, Outrun):
+        return True
+    if not isinstance(failed, TierUnavailable):
+        return False
+    code = getattr(failed.__cause__, "sqlstate", None)
+    return code is None or code.startswith(_OF_THE_MOMENT)  # without a code there was no answer
 
 
 def at_connect(driver: Any, error: Exception) -> BaseException:

@@ -105,7 +105,7 @@ class SqlStore:
         writers = 1 if database.one_writer else write_concurrency
         store = cls(database, session, clock, router, tables_made, writers)
         if routes.moving:
-            store._writing.run(store._schemas.resume())
+            store._writing.running.alone(store._schemas.resume())
         return store
 
     # The port: many ids first, facts back.
@@ -357,7 +357,7 @@ class SqlStore:
 
     def __repr__(self) -> str:
         condition = "open" if self._closing is None else "closed"
-        return f"<SqlStore {self._database!r} {condition} | {len(self._writing.tasks)} writes running>"
+        return f"<SqlStore {self._database!r} {condition} | {len(self._writing.running)} writes running>"
 
     # How.
 

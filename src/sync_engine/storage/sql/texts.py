@@ -27,7 +27,8 @@ class Said(NamedTuple):
     text: str
     values: Sequence[Value | Sequence[Value]] = ()
     copied: Sequence[Sequence[Value]] = ()
-    """Rows that PostgreSQL is sent first, into a table of the connection's own from which the statement takes them."""
+    """Rows that PostgreSQL's ``attempt`` sends first, into a table of the transaction's own, where the statement finds
+    them."""
 
 
 class Texts(ABC):

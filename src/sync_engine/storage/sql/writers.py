@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from sync_engine.errors import TierUnavailable
 from sync_engine.item import Op
+from sync_engine.owned import Owned
 from sync_engine.ports import Applied, Clock, together
 from sync_engine.storage.sql.apply import apply_ops, shared_out
 from sync_engine.storage.sql.dialect import Session
@@ -24,10 +25,10 @@ T = TypeVar("T")
 
 
 class Writers:
-    """Cancelling a caller leaves his transaction to finish, never open. ``tasks`` are those that run."""
+    """Cancelling a caller leaves his transaction to finish, never open. ``running`` is what is under way."""
 
     def __init__(self, lanes: Sequence[Lane], router: Router, clock: Clock) -> None:
-        self.tasks: set[asyncio.Task[Any]] = set()
+        self.running = Owned()
         self._lanes = lanes
         self._router = router
         self._clock = clock
@@ -60,14 +61,7 @@ class Writers:
         """Run to the end whatever becomes of the caller."""
         if self._closed:
             raise TierUnavailable("l3", "the store is closed")
-        return await asyncio.shield(self.run(work()))
-
-    def run(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-        """The same for what nobody waits for."""
-        task = asyncio.get_running_loop().create_task(work)
-        self.tasks.add(task)
-        task.add_done_callback(self.tasks.discard)
-        return task
+        return await self.running.whole(work())
 
     def stop(self) -> None:
         """Begin nothing more."""
@@ -75,6 +69,6 @@ class Writers:
 
     async def close(self) -> None:
         """Finish what runs, then close the lanes."""
-        await asyncio.gather(*self.tasks, return_exceptions=True)
+        await self.running.over()
         for lane in self._lanes:
             await lane.close()

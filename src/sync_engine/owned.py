@@ -1,0 +1,58 @@
+"""Work that is done to its end, whoever gives up waiting for it.
+
+I/O that is cut short leaves a connection in the middle of a reply, a transaction with its locks, a thread that
+writes on behind what others do then. So each piece runs in a task, and whoever has to be there until it ends owns it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+__all__ = ["Owned"]
+
+T = TypeVar("T")
+
+
+class Owned:
+    """The work of one owner that is under way. Nothing is refused here: who closes says what may still begin."""
+
+    def __init__(self) -> None:
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    async def whole(self, work: Coroutine[Any, Any, T]) -> T:
+        """What comes of the work. A caller that is cancelled goes, and the work goes on."""
+        return await asyncio.shield(self.start(work))
+
+    def start(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """The same as a task, which is awaited shielded."""
+        task = self._begun(work)
+        task.add_done_callback(self._ended)
+        return task
+
+    def alone(self, work: Coroutine[Any, Any, object]) -> None:
+        """Work that nobody waits for: an error that it does not catch is reported by asyncio."""
+        task = self._begun(work)
+        task.add_done_callback(self._tasks.discard)
+
+    async def over(self) -> None:
+        """Wait for what is under way, and for what begins meanwhile. However it ends, nothing is raised."""
+        while self._tasks:
+            await asyncio.wait(self._tasks)
+
+    def __len__(self) -> int:
+        return len(self._tasks)
+
+    def __repr__(self) -> str:
+        return f"<Owned {len(self._tasks)} under way>"
+
+    def _begun(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        return task
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled():
+            task.exception()  # its caller has seen it, or is gone
