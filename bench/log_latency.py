@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -24,35 +26,46 @@ SUBMITS = 40_000
 SYNCS = 1_000
 AT_ONCE = 200
 PACE_S = 0.05
-"""How long a submitter of the paced row rests between two writes: 4,000 writes/s by all of them."""
+"""How long a submitter of the paced rows rests between two writes, on average: together they make up to 4,000 writes/s.
+
+By chance, as callers come who know nothing of each other: with a fixed rest those who were answered by one sync would
+all be back in the same instant, and be a crowd of 200 for ever.
+"""
+SWITCH_S = 0.0005
+"""How long a thread that wants the GIL lets another one go on: CPython's own choice is 5 ms."""
 
 LATER = {"batch_flush_ms": 60_000, "batch_flush_count": 100_000, "batch_flush_bytes": 2**30}
 
 
 async def ask(stage: Stage) -> list[Answer]:
-    """As fast as they can, the same without a flush beside it, and at a pace."""
+    """As fast as they can, and at a pace; each with and without a flush beside it."""
     data = places(stage.sized(SUBMITS, AT_ONCE))
     items = fresh(data, stamp=1)
     record = sum(FRAME_BYTES + len(encode_op(Op(kind="put", object_id=i.object_id, stamp=1, item=i))) for i in items)
     syncs = stage.sized(SYNCS, 20)
     ours = Submits(stage, data, "submit, LOGGED")
     unflushed = Submits(stage, data, "submit, LOGGED, the flush put off", settings=LATER)
-    paced = Submits(stage, data[: max(AT_ONCE, len(data) // 4)], "submit, LOGGED, at a pace", pace_s=PACE_S)
+    quick = Submits(stage, data, "submit, LOGGED, switching every 0.5 ms", switch_s=SWITCH_S)
+    fewer = data[: max(AT_ONCE, len(data) // 4)]
+    paced = Submits(stage, fewer, "submit, LOGGED, at a pace", pace_s=PACE_S)
+    alone = Submits(stage, fewer, "submit, LOGGED, at a pace, the flush put off", pace_s=PACE_S, settings=LATER)
     group = Syncs(stage, record * AT_ONCE // len(items), syncs)
     single = Syncs(stage, record // len(items), syncs)
-    times = await stage.race(ours, unflushed, paced, group, single)
+    times = await stage.race(ours, quick, unflushed, paced, alone, group, single)
     asked = f"`submit` with `Ack.LOGGED`, {AT_ONCE} submitters, p99 of the latency: as fast as they can"
-    pace = f"the same at {AT_ONCE / PACE_S:,.0f} submits/s"
-    first, *others = (
+    pace = f"the same, each resting {PACE_S * 1e3:g} ms on average"
+    answers = [
         compared(question, times, mine.name, [base.name], Target(10, at_most=True), unit=Unit.TIME)
         for question, mine, base in (
             (asked, ours, group),
-            ("the same, nothing flushed meanwhile", unflushed, group),
             (pace, paced, group),
+            ("as fast as they can, with `sys.setswitchinterval(0.0005)`", quick, group),
+            ("as fast as they can, nothing flushed meanwhile", unflushed, group),
             (f"{pace}, against a sync of one record", paced, single),
+            (f"{pace}, nothing flushed meanwhile", alone, group),
         )
-    )
-    return [first, *(replace(other, target=None) for other in others)]
+    ]
+    return [*answers[:2], *(replace(other, target=None) for other in answers[2:])]
 
 
 class Submits(Contender):
@@ -66,6 +79,7 @@ class Submits(Contender):
         *,
         settings: Mapping[str, Any] | None = None,
         pace_s: float = 0.0,
+        switch_s: float = 0.0,
     ) -> None:
         super().__init__(1)
         self.name = name
@@ -73,6 +87,8 @@ class Submits(Contender):
         self._data = data
         self._settings = settings or {}
         self._pace_s = pace_s
+        self._switch_s = switch_s
+        self._chance = random.Random(1)
 
     async def prepare(self) -> None:
         self._folder = self._stage.new_folder()
@@ -82,19 +98,22 @@ class Submits(Contender):
         self._waits: list[float] = []
 
     async def run(self) -> float:
-        await asyncio.gather(*(self._some(first) for first in range(AT_ONCE)))
+        usual_s = sys.getswitchinterval()
+        sys.setswitchinterval(self._switch_s or usual_s)
+        try:
+            await asyncio.gather(*(self._some(first) for first in range(AT_ONCE)))
+        finally:
+            sys.setswitchinterval(usual_s)
         return _p99(self._waits)
 
     async def _some(self, first: int) -> None:
-        submit, clock = self._engine.submit, time.perf_counter
-        if self._pace_s:
-            await asyncio.sleep(self._pace_s * first / AT_ONCE)  # not all of them in one instant
+        submit, clock, pace_s, chance = self._engine.submit, time.perf_counter, self._pace_s, self._chance
         for item in self._items[first::AT_ONCE]:
+            if pace_s:
+                await asyncio.sleep(chance.expovariate(1 / pace_s))
             start = clock()
             await submit(item, ack=Ack.LOGGED)
             self._waits.append(clock() - start)
-            if self._pace_s:
-                await asyncio.sleep(self._pace_s)
 
     async def verify(self) -> None:
         check(len(self._waits) == len(self._data), f"{self.name}: {len(self._waits)} answers")

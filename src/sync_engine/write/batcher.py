@@ -124,19 +124,20 @@ class Batcher:
         ids: set[str] = set()
         decided: set[str] = set()
         size = 0
+        queue = self._queue
         # A backlog goes in larger batches: fewer commits, and rows that share a page are written once.
-        many = BACKLOG_TIMES if len(self._queue) > self._flush_count or self._bytes > self._flush_bytes else 1
-        while self._queue and len(batch) < many * self._flush_count:
-            entry = self._queue[0]
+        many = BACKLOG_TIMES if len(queue) > self._flush_count or self._bytes > self._flush_bytes else 1
+        count_max, bytes_max = many * self._flush_count, many * self._flush_bytes
+        while queue and len(batch) < count_max:
+            entry = queue[0]
             object_id = entry.op.object_id
-            if batch and (size + entry.size > many * self._flush_bytes or object_id in decided):
+            if batch and (size + entry.size > bytes_max or object_id in decided):
                 break
             if object_id in ids and not entry.stands_alone:
                 break
             if entry.conditional:
                 decided.add(object_id)
-            self._queue.popleft()
-            batch.append(entry)
+            batch.append(queue.popleft())
             ids.add(object_id)
             size += entry.size
         self._bytes -= size

@@ -16,6 +16,7 @@ from sync_engine.errors import DiskFull, StoreError, TierUnavailable
 from sync_engine.item import Op
 from sync_engine.ports import Applied, Tier, together
 from sync_engine.resilience import Retries, RetryPolicy, retrying
+from sync_engine.turns import give_way
 from sync_engine.write.batcher import Batcher
 from sync_engine.write.pending import Entry
 
@@ -70,7 +71,7 @@ class Carrier(Protocol):
         ...
 
     async def passed(self, lane: Lane, batch: Sequence[Entry], plan: Plan, applied: Applied, /) -> None:
-        """Move every entry on: to the next tier, into the quarantine, or out."""
+        """Move every entry on: to the next tier, into the quarantine, or out. The plan may be of more than these."""
         ...
 
     def cramped(self) -> None:
@@ -108,6 +109,8 @@ class Lane:
         self._erases_blindly = erases_blindly
         self._retry = retry
         self._cramped_until: int | None = None  # so many have to pass, since the tier had no room
+        self.passed_at_once = 64
+        """Entries that are moved on before the event loop has a turn: some 0.3 ms, in which nobody else has."""
         self.trouble: str | None = None
         """Why the batch at hand is being retried; None while all is well."""
 
@@ -126,7 +129,10 @@ class Lane:
                 ]
                 if spared:
                     batch = [entry for entry in batch if entry not in spared]
-                await self._carrier.passed(self, batch, plan, applied)
+                for start in range(0, len(batch), self.passed_at_once):
+                    if start:
+                        await give_way()
+                    await self._carrier.passed(self, batch[start : start + self.passed_at_once], plan, applied)
                 batch = spared
             self.batcher.done(count)
             # Not after the next batch: what waited behind it may need as much room on the tier's disk. Nor when
@@ -146,6 +152,7 @@ class Lane:
         return answer
 
     async def _attempt(self, batch: Sequence[Entry]) -> tuple[Plan, Applied]:
+        await give_way()  # the batch has just been cut, which may be of thousands, and is now planned
         await self._carrier.load(batch)
         plan = plan_flush(batch, self._keeps)
         return plan, await self._apply(plan)

@@ -120,6 +120,8 @@ class _Engine(SyncEngine):
         async with self._turn:
             self._parts = await build(self.config, self._clock, self._failed, self._around, self._node.outside)
             self._running = self._parts
+            for lane in filter(None, (self._parts.writes.truth, self._parts.writes.cache)):
+                lane.passed_at_once = self._node.world.passed_at_once
 
     def _failed(self, error: BaseException) -> None:
         super()._failed(error)
@@ -238,6 +240,7 @@ class World:
     def __init__(self, seed: int, loop: SimulatedLoop, engines: int | None) -> None:
         self.loop = loop
         self.rng = rng = random.Random(f"{seed} world")
+        self.passed_at_once = random.Random(f"{seed} lanes").choice((1, 2, 256))
         self.story: list[str] = []
         self.faults = 0
         self.weather = Weather(way_s=rng.choice((0.0005, 0.005)))
