@@ -152,7 +152,8 @@ class Lane:
         return answer
 
     async def _attempt(self, batch: Sequence[Entry]) -> tuple[Plan, Applied]:
-        await give_way()  # the batch has just been cut, which may be of thousands, and is now planned
+        if len(batch) > self.passed_at_once:
+            await give_way()  # between the cut of a large batch and its plan; one that somebody waits for is small
         await self._carrier.load(batch)
         plan = plan_flush(batch, self._keeps)
         return plan, await self._apply(plan)

@@ -167,7 +167,7 @@ class SqliteSession:
             return await self.run(said)
         # To have sent a statement is not to have begun it: the connection's thread needs the GIL for that, and would
         # wait for all that is done meanwhile. It comes to the statement right behind its answer to a word sent ahead,
-        # and gives the GIL away inside of it (bench sql_writes: a third less time).
+        # and gives the GIL away inside of it.
         word = asyncio.ensure_future(self.rows(WORD))
         return await beside(self.run(said), meanwhile, word)
 

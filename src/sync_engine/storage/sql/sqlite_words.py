@@ -50,7 +50,7 @@ WHERE excluded.stamp > sync_tombstones.stamp"""
 class SqliteWords(Words):
     """The statements about tables of items."""
 
-    rows_max = 128  # more of them are quicker by a tenth, and hold up everybody else for twice as long
+    rows_max = 128  # more of them are quicker, and while their rows are made and bound everybody else waits longer
     ids_per_table = 500
     # CAST: the stored bytes, also where another writer left text that is not valid UTF-8.
     columns = (
