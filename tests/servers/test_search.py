@@ -857,7 +857,7 @@ async def test_S10_a_search_that_ran_out_of_time_is_no_answer(own_kind: StartKin
                 await store.ft_search("people", heavy, sort_by="w", timeout_ms=1)
             assert (await store.ft_search("people", heavy, sort_by="w", timeout_ms=60_000)).total == 20_000
             await server.ask("FT.CONFIG", "SET", "ON_TIMEOUT", "FAIL")
-            with pytest.raises(TierUnavailable, match=r"(?i)timeout"):
+            with pytest.raises(TierUnavailable, match="in time"):
                 await store.ft_search("people", heavy, sort_by="w", timeout_ms=1)
             await server.ask("FT.CONFIG", "SET", "ON_TIMEOUT", "RETURN")
 

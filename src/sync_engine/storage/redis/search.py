@@ -30,7 +30,15 @@ from sync_engine.storage.redis.capabilities import Capabilities
 from sync_engine.storage.redis.refusals import translated
 from sync_engine.storage.redis.scripts import LAPSE, SEARCH
 from sync_engine.storage.redis.search_fields import Field, Word, check_index
-from sync_engine.storage.redis.search_places import EveryPrimary, OneServer, Place, Places, command, refusals
+from sync_engine.storage.redis.search_places import (
+    EveryPrimary,
+    OneServer,
+    Place,
+    Places,
+    command,
+    out_of_time,
+    refusals,
+)
 from sync_engine.storage.redis.search_reply import Found, Hit, read_info, read_search, shown
 from sync_engine.storage.redis.search_request import ITEM_MARK, Param, SearchRequest
 from sync_engine.storage.redis.search_schema import IndexDefinition, fields_of
@@ -350,7 +358,7 @@ def _together(answers: Sequence[_Answer], request: SearchRequest, look: _Look) -
     found = told[0] if len(told) == 1 else request.together(told)
     if any("timeout" in warning.lower() for warning in found.warnings):
         # What it found by then would look like an answer, and its total like the number of matches.
-        raise TierUnavailable("l2", "the search did not finish in time")
+        raise out_of_time()
     return Found(found.total, found.hits, [*look.warnings, *found.warnings])
 
 

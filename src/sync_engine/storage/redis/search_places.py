@@ -233,6 +233,11 @@ async def command(servers: Servers, place: Place, index: str, name: str, *args: 
         return await servers.call(place.shard, name, place.name, *args)
 
 
+def out_of_time() -> TierUnavailable:
+    """The server answers with an error or with a warning, and may with either, whatever its ON_TIMEOUT."""
+    return TierUnavailable("l2", "the search did not finish in time")
+
+
 @contextmanager
 def refusals(index: str) -> Iterator[None]:
     """RediSearch's refusals in our words, as far as they are about the index and not about what was asked of it."""
@@ -243,7 +248,7 @@ def refusals(index: str) -> Iterator[None]:
         if any(words in reason for words in ("no such index", "unknown index name", "index not found")):
             raise IndexNotFound(index) from None
         if "timeout limit was reached" in reason:
-            raise TierUnavailable("l2", refused.reason) from None
+            raise out_of_time() from None
         raise
 
 
