@@ -22,6 +22,7 @@ from sync_engine.log_record import FRAME_BYTES, BadRecord, decode_op, encode_op,
 from sync_engine.log_segment import Segment
 from sync_engine.log_writer import Append, Outcome, Unheard, Work, Writer
 from sync_engine.ports import Logged
+from sync_engine.turns import WAITED_FOR
 
 __all__ = ["WriteAheadLog"]
 
@@ -60,6 +61,7 @@ class WriteAheadLog:
         self._starved = False
         self._cramped = False
         self._closing: asyncio.Future[None] | None = None
+        self._awaited = 0  # appends without an answer
         self._writer = Writer(
             folder,
             last_seq=found.last_seq,
@@ -108,6 +110,8 @@ class WriteAheadLog:
         if self._closing is not None:
             raise NotRunning("the log is closed")
         self._work.appends.append(Append(ops, list(map(encode_op, ops)), on_durable, on_failed))
+        self._awaited += 1
+        WAITED_FOR.add(self._writer)
         # All appends of one tick travel together: a group of 200 instead of one of 1 and one of 199.
         self._schedule(soon=True)
 
@@ -238,6 +242,9 @@ class WriteAheadLog:
                 if record.op.stamp > self.last_stamp:
                     self.last_stamp = record.op.stamp
             self._call(append.on_durable, records)
+        self._awaited -= len(outcome.committed) + len(outcome.failed)
+        if not self._awaited:
+            WAITED_FOR.discard(self._writer)
         for append in outcome.failed:
             # One of their own for each: an error that several callers raise gathers all their tracebacks.
             reason = outcome.reason or TierUnavailable("log", "")

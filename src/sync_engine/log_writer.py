@@ -24,6 +24,7 @@ from sync_engine.log_folder import NO_SPACE, Folder, position, unavailable, writ
 from sync_engine.log_record import FRAME_BYTES, HEADER_BYTES, Header, encode_settled, frame
 from sync_engine.log_segment import Segment
 from sync_engine.ports import Logged
+from sync_engine.turns import WAITED_FOR
 
 __all__ = ["Append", "Outcome", "Unheard", "Work", "Writer"]
 
@@ -142,6 +143,7 @@ class Writer(threading.Thread):
         except Unheard:
             logger.warning("log %s: its event loop was closed before it was", self._folder.path)
         finally:
+            WAITED_FOR.discard(self)
             if self._fd >= 0:
                 os.close(self._fd)
             self._folder.close()

@@ -348,6 +348,27 @@ async def test_I3_what_the_quarantine_cannot_write_stays_in_the_log(rig: Rig, mo
         await rig.check(engine, {"a": ONE})
 
 
+async def test_what_the_quarantine_cannot_write_is_tried_again_once_for_a_batch(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = 0
+
+    def full(*_: object) -> None:
+        nonlocal tried
+        tried += 1
+        raise OSError(errno.ENOSPC, "no space left on device")
+
+    async with rig.engine(redis=False, around=on("l3", lambda tier: Refusing(tier, ["a"]))) as engine:
+        with monkeypatch.context() as patched:
+            patched.setattr(Quarantine, "_write", full)
+            await engine.submit(ONE)
+            await engine.flush()
+            tried = 0
+            await engine.submit_many([SyncItem(f"b{n}", b"") for n in range(200)])
+            await engine.flush()
+            assert tried == 1
+
+
 # Bounds
 
 

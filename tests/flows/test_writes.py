@@ -479,3 +479,35 @@ async def test_I2_a_write_whose_value_only_the_log_keeps_replaces_the_copy_in_me
         assert await engine.get("x") == V2.with_state("moved")
         held[0].release()
         await rig.check(engine, {"x": V2.with_state("moved")})
+
+
+# What is many at once
+
+
+async def test_a_large_batch_is_settled_in_parts_between_which_others_have_their_turn(rig: Rig) -> None:
+    held: list[Held] = []
+    turns = 0
+    at: list[int] = []
+
+    async def count() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    async def stored(engine: SyncEngine, item: SyncItem) -> None:
+        await engine.submit(item, ack=Ack.STORED)
+        at.append(turns)
+
+    async with rig.engine(redis=False, around=on("l3", Held, held)) as engine, asyncio.TaskGroup() as tasks:
+        held[0].hold()
+        tasks.create_task(stored(engine, V1))
+        await until(lambda: held[0].waiting)
+        for n in range(100):
+            tasks.create_task(stored(engine, SyncItem(f"i{n}", b"x")))
+        await until(lambda: engine.stats().pending == 101)
+        counting = tasks.create_task(count())
+        held[0].release()
+        await until(lambda: len(at) == 101)
+        counting.cancel()
+    assert len(set(at)) > 100 / 20

@@ -1,4 +1,4 @@
-"""A lane on its own: when it says that nothing waits for its tier, and that it leaves others their turn."""
+"""A lane on its own: when it says that nothing waits for its tier."""
 
 from __future__ import annotations
 
@@ -97,37 +97,3 @@ async def test_what_comes_afterwards_does_not_keep_what_was_given() -> None:
     await asyncio.wait({running})
     assert notes.told.count("drained") == 1
     assert notes.told.index("c") < notes.told.index("drained") < 10 < len(notes.told)
-
-
-class Turns(Notes):
-    """Notes as well how many turns another task has had whenever entries pass."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.had = 0
-        self.at: list[int] = []
-
-    async def count(self) -> None:
-        while True:
-            self.had += 1
-            await asyncio.sleep(0)
-
-    async def passed(self, lane: Lane, batch: Sequence[Entry], plan: Plan, applied: Applied, /) -> None:
-        self.at.append(self.had)
-        await super().passed(lane, batch, plan, applied)
-
-
-async def test_a_large_batch_passes_in_parts_between_which_others_have_their_turn() -> None:
-    clock, turns = VirtualClock(), Turns()
-    queue = Batcher(flush_count=10, flush_bytes=1 << 20, flush_after_ms=0, clock=clock)
-    lane = lane_of(clock, queue, turns)
-    lane.passed_at_once = 2
-    for object_id in "abcde":
-        queue.put(put(object_id))
-    running = [asyncio.create_task(lane.run()), asyncio.create_task(turns.count())]
-    await queue.drained()
-    for task in running:
-        task.cancel()
-    await asyncio.wait(running)
-    assert turns.told == ["cramped", *"abcde", "drained"]
-    assert len(turns.at) == len(set(turns.at)) == 3

@@ -11,6 +11,7 @@ from sync_engine.errors import SyncEngineError, VersionConflict
 from sync_engine.item import Op
 from sync_engine.ports import Applied, Cache, Journal, Tier
 from sync_engine.pressure import Gate
+from sync_engine.turns import give_way
 from sync_engine.write.batcher import Batcher
 from sync_engine.write.filing import Filing
 from sync_engine.write.flush import Lane, Plan
@@ -49,7 +50,11 @@ class Passing:
         self._cache = cache
 
     async def load(self, batch: Sequence[Entry]) -> None:
-        """Bring the values of these entries into memory. What has been overtaken since it was queued is barred."""
+        """Bring the values of these entries into memory. What has been overtaken since it was queued is barred.
+
+        What could not be filed before is tried again: once for a batch, which may be of thousands.
+        """
+        await self._filing.again()
         for entry in batch:
             if entry.hop and self._overtaken(entry):
                 entry.barred = True
@@ -57,10 +62,21 @@ class Passing:
 
     async def passed(self, lane: Lane, batch: Sequence[Entry], plan: Plan, applied: Applied) -> None:
         """One tier has answered for a batch: move every entry on."""
-        await self._filing.again()
+        moved: Batcher | None = None
+        for start in range(0, len(batch), lane.passed_at_once):
+            if start:
+                await give_way()
+            onward = await self._passed(lane, batch[start : start + lane.passed_at_once], plan, applied)
+            if onward is not None:
+                moved = onward
+        if moved is not None:
+            moved.hurry()  # they have waited for company once, and now for each other
+
+    async def _passed(self, lane: Lane, part: Sequence[Entry], plan: Plan, applied: Applied) -> Batcher | None:
+        """Where some have gone, if any have; the others are settled."""
         settled: list[tuple[Entry, SyncEngineError | None]] = []
         moved: Batcher | None = None
-        for entry in batch:
+        for entry in part:
             object_id = entry.op.object_id
             decides = plan.decides[object_id] is entry
             refusal = applied.refused.get(object_id) if decides else None
@@ -96,10 +112,9 @@ class Passing:
                 settled.append((entry, None))
                 if self._filing.ends_with(entry):
                     await self._filing.stored(entry)
-        if moved is not None:
-            moved.hurry()  # they have waited for company once
         if settled:
             self._settle(settled)
+        return moved
 
     def cramped(self) -> None:
         """A tier has no room; its disk may be the log's."""

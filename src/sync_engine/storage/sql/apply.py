@@ -23,6 +23,7 @@ from sync_engine.storage.sql.routing import DEFAULT, Router, Routes
 from sync_engine.storage.sql.rows import Value, item_of, row_of
 from sync_engine.storage.sql.tables import TOMBSTONE_LIFE_MS
 from sync_engine.storage.sql.words import FORGOTTEN, Said, Words
+from sync_engine.turns import give_way
 
 __all__ = ["apply_ops", "shared_out"]
 
@@ -31,6 +32,9 @@ SHARE_MIN: Final = 250
 
 LOOKED_AT_MAX: Final = 4_000
 """Outdated tombstones among which those of a few buckets are looked for."""
+
+MADE_AT_ONCE: Final = 16
+"""Rows that are made before the event loop has a turn: some 0.1 ms, in which nobody else has."""
 
 ROW_BYTES: Final = 512
 """About what a row binds beside its content."""
@@ -130,6 +134,7 @@ class _Batch:
         self.spared: set[str] = set()
         self._following: Sequence[Op] = ()
         self._rows: dict[str, tuple[Value, ...]] = {}
+        """Made, and not sent yet."""
 
     async def apply(self, ops: Sequence[Op], following: Sequence[Op]) -> None:
         """One chunk: at most ``rows_max`` operations, one per id, in order of ids."""
@@ -191,18 +196,23 @@ class _Batch:
             await self._by_ids(self.words.exhume, outlived)
 
     async def _upsert(self, ops: Sequence[Op]) -> int:
-        rows = self._rows_of(ops)
-        self._rows.clear()
+        await self._make(ops)
+        rows = [self._rows.pop(op.object_id) for op in ops]
         return await self._session.attempt(self.words.upsert(rows), self._look_ahead if self._following else nothing)
 
-    def _look_ahead(self) -> None:
+    async def _look_ahead(self) -> None:
         """Hash and make the rows of the next chunk while the database writes this one: two thirds of the time each."""
         following, self._following = [op for op in self._following if op.kind == "put" and op.sql], ()
-        self._rows = {op.object_id: row for op, row in zip(following, self._rows_of(following), strict=True)}
+        await self._make(following)
 
-    def _rows_of(self, ops: Sequence[Op]) -> list[tuple[Value, ...]]:
-        made, batch_id = self._rows, self._batch_id
-        return [made.get(op.object_id) or row_of(op.item, op.stamp, batch_id) for op in ops if op.item is not None]
+    async def _make(self, ops: Sequence[Op]) -> None:
+        rows, batch_id = self._rows, self._batch_id
+        for start in range(0, len(ops), MADE_AT_ONCE):
+            if start:
+                await give_way()
+            for op in ops[start : start + MADE_AT_ONCE]:
+                if op.object_id not in rows and op.item is not None:
+                    rows[op.object_id] = row_of(op.item, op.stamp, batch_id)
 
     async def _delete(self, deletes: Sequence[Op], held: dict[str, _Held], buried: dict[str, int]) -> None:
         losing = {op.object_id for op in deletes if op.stamp and held.get(op.object_id, _NOTHING).stamp > op.stamp}

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from typing import NamedTuple, Protocol, TypeVar
 
 from sqlalchemy import Table
@@ -35,12 +36,14 @@ class Outrun(TierUnavailable):
     """The transaction was given up in favour of another one (deadlock, serialization): nothing of it stands."""
 
 
-def nothing() -> None:
+async def nothing() -> None:
     """What there is to do meanwhile by default."""
 
 
-async def beside(work: Awaitable[T], meanwhile: Callable[[], None], word: Awaitable[object] | None = None) -> T:
-    """Begin the work, do something else until it is done.
+async def beside(
+    work: Awaitable[T], meanwhile: Callable[[], Awaitable[None]], word: Awaitable[object] | None = None
+) -> T:
+    """Begin the work, do something else until it is done; what stops that is raised when the work is over.
 
     ``word``: what was sent ahead of it, where only the answer to that tells that it is begun.
     """
@@ -49,10 +52,12 @@ async def beside(work: Awaitable[T], meanwhile: Callable[[], None], word: Awaita
     begun = asyncio.ensure_future(work)
     try:
         await (word or asyncio.sleep(0))  # it is on its way now
-        meanwhile()
-    finally:
-        done = await begun
-    return done
+        await meanwhile()
+    except BaseException:  # cancelled or failed alike, and said whatever becomes of the work
+        with suppress(Exception):
+            await begun
+        raise
+    return await begun
 
 
 class Held(NamedTuple):
@@ -95,7 +100,7 @@ class Session(Protocol):
         """Run one statement that changes rows; how many it changed, where ``Words.counts_writes``."""
         ...
 
-    async def attempt(self, said: Said, meanwhile: Callable[[], None] = ...) -> int:
+    async def attempt(self, said: Said, meanwhile: Callable[[], Awaitable[None]] = ...) -> int:
         """The same; ``RowRefused`` undoes this statement alone, and the transaction goes on.
 
         ``meanwhile`` is called while the database works, if that gains time.

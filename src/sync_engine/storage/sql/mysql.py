@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import ssl
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Final
 
 from sqlalchemy import Table
@@ -238,7 +238,7 @@ class MysqlSession(NetworkSession):
         """Run one statement that changes rows; how many the server says it touched."""
         return await self.attempt(said)
 
-    async def attempt(self, said: Said, meanwhile: Callable[[], None] = nothing) -> int:
+    async def attempt(self, said: Said, meanwhile: Callable[[], Awaitable[None]] = nothing) -> int:
         """The same: an error undoes its own statement and no other."""
         self._check_size(said)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ssl
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Final
 
 from sqlalchemy import Table
@@ -167,7 +167,7 @@ class PostgresqlSession(NetworkSession):
         """Run one statement that changes rows; how many it changed."""
         return await self._change(said, nothing)
 
-    async def attempt(self, said: Said, meanwhile: Callable[[], None] = nothing) -> int:
+    async def attempt(self, said: Said, meanwhile: Callable[[], Awaitable[None]] = nothing) -> int:
         """The same behind a savepoint: an error would otherwise end the whole transaction."""
         made = self._made_copied
         await (self._ready_to_copy() if said.copied else self._say("SAVEPOINT here"))
@@ -200,7 +200,7 @@ class PostgresqlSession(NetworkSession):
     async def _undo(self) -> None:
         await self._say("ROLLBACK")
 
-    async def _change(self, said: Said, meanwhile: Callable[[], None]) -> int:
+    async def _change(self, said: Said, meanwhile: Callable[[], Awaitable[None]]) -> int:
         async def work() -> int:
             told = await beside(self._connection.execute(said.text, *said.values), meanwhile)
             status = told.rpartition(" ")[2]

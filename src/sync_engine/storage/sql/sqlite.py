@@ -12,7 +12,7 @@ import logging
 import os
 import sqlite3
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final, cast
@@ -161,7 +161,7 @@ class SqliteSession:
                 self._cramped = CRAMPED_COMMITS
             raise told from error
 
-    async def attempt(self, said: Said, meanwhile: Callable[[], None] = nothing) -> int:
+    async def attempt(self, said: Said, meanwhile: Callable[[], Awaitable[None]] = nothing) -> int:
         """The same: an error undoes its own statement and no other, unless a trigger says otherwise."""
         if meanwhile is nothing:
             return await self.run(said)
