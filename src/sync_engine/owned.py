@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
-__all__ = ["Owned"]
+__all__ = ["Owned", "outlasting"]
 
 T = TypeVar("T")
 
@@ -23,10 +23,10 @@ class Owned:
 
     async def whole(self, work: Coroutine[Any, Any, T]) -> T:
         """What comes of the work. A caller that is cancelled goes, and the work goes on."""
-        return await asyncio.shield(self.start(work))
+        return await outlasting(self.start(work))
 
     def start(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-        """The same as a task, which is awaited shielded."""
+        """The same as a task: for ``outlasting``."""
         task = self._begun(work)
         task.add_done_callback(self._ended)
         return task
@@ -54,5 +54,25 @@ class Owned:
 
     def _ended(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
-        if not task.cancelled():
-            task.exception()  # its caller has seen it, or is gone
+        _seen(task)
+
+
+async def outlasting(task: asyncio.Future[T]) -> T:
+    """What comes of a task or a future. A caller that is cancelled goes, and it goes on.
+
+    ``asyncio.shield`` would not do: from Python 3.14 on (gh-86802) it gives an error whose caller has gone to the
+    loop's handler, though it was retrieved, and so what a driver quotes of a row to somebody's log.
+    """
+    if not task.done():
+        try:
+            await asyncio.wait((task,))
+        except asyncio.CancelledError:
+            task.add_done_callback(_seen)
+            raise
+    return task.result()
+
+
+def _seen(task: asyncio.Future[Any]) -> None:
+    """Keep asyncio from reporting its error: who awaits it is told, or is gone."""
+    if not task.cancelled():
+        task.exception()

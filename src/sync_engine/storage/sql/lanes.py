@@ -8,6 +8,7 @@ from contextlib import suppress
 from typing import Any, Final, TypeVar
 
 from sync_engine.errors import SyncEngineError, TierUnavailable
+from sync_engine.owned import outlasting
 from sync_engine.storage.sql.dialect import Database, Outrun, Session
 from sync_engine.storage.sql.rows import Row
 from sync_engine.storage.sql.words import Said
@@ -44,7 +45,7 @@ class Lane:
         if self._opening is None:
             self._opening = asyncio.get_running_loop().create_task(self._open())
             self._opening.add_done_callback(self._opened)
-        return await asyncio.shield(self._opening)
+        return await outlasting(self._opening)
 
     async def rows(self, said: Said) -> list[Row]:
         """All rows of a statement that changes nothing; asked again if the connection had died in between."""
