@@ -51,6 +51,13 @@ def test_a_public_module_names_its_public_names(path: Path) -> None:
     assert set(listed) <= set(names_in(tree, imported=True)) | lazy(tree), "a listed name does not exist"
 
 
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_no_module_shields(path: Path) -> None:
+    """Since Python 3.14 it tells the loop's handler of errors whose callers are gone, with what a driver quotes."""
+    names = {node.attr for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
+    assert "shield" not in names, "await sync_engine.owned.outlasting(task)"
+
+
 @pytest.mark.parametrize("path", WRITTEN, ids=name_of)
 def test_what_is_left_to_do_has_an_issue(path: Path) -> None:
     left = [number for number, line in enumerate(path.read_text().splitlines(), 1) if UNNUMBERED.search(line)]

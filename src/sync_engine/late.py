@@ -12,6 +12,7 @@ from typing import Any, ParamSpec, TypeVar, cast
 
 from sync_engine.errors import ConfigError, StoreError, SyncEngineError, TierUnavailable
 from sync_engine.forward import Forwarding
+from sync_engine.owned import outlasting
 from sync_engine.ports import Tier
 
 __all__ = ["Late"]
@@ -47,7 +48,7 @@ class Late(Forwarding):
         if self._attempt is None:
             self._attempt = asyncio.get_running_loop().create_task(self._try(), name=f"connect {self.name}")
             self._attempt.add_done_callback(self._tried)
-        await asyncio.shield(self._attempt)
+        await outlasting(self._attempt)
 
     @property
     def here(self) -> bool:

@@ -45,7 +45,8 @@ class Links:
 
     def __init__(self, links: Sequence[Link], config: SyncEngineConfig) -> None:
         self._links = links
-        self._attempt: asyncio.Future[Replacements] | None = None
+        self._stopped: asyncio.Future[None] | None = None
+        """Of the attempt under way: done once it is to be cut short."""
         self._abandoned: set[asyncio.Task[None]] = set()
         self._leaving = 0
         self._set_deadlines(config)
@@ -65,21 +66,23 @@ class Links:
             return {}
         if self._leaving:
             raise NotRunning(LEAVING)
-        attempt = asyncio.get_running_loop().create_task(_connect_all(links, config), name="sync-engine reconnect")
-        self._attempt = asyncio.shield(attempt)
+        loop = asyncio.get_running_loop()
+        attempt = loop.create_task(_connect_all(links, config), name="sync-engine reconnect")
+        self._stopped = stopped = loop.create_future()
+        wanted = False
         try:
-            return await self._attempt
-        except asyncio.CancelledError:
-            # Not awaited: what is to be closed may first have to hear from a server that says nothing.
-            abandoned = asyncio.get_running_loop().create_task(_abandon(attempt), name="sync-engine reconnect's end")
-            self._abandoned.add(abandoned)
-            abandoned.add_done_callback(self._abandoned.discard)
-            caller = asyncio.current_task()
-            if caller is not None and caller.cancelling():
-                raise
-            raise NotRunning(LEAVING) from None
+            await asyncio.wait((attempt, stopped), return_when=asyncio.FIRST_COMPLETED)
+            wanted = not stopped.done() and not attempt.cancelled()
         finally:
-            self._attempt = None
+            self._stopped = None
+            if not wanted:
+                # Not awaited: what is to be closed may first have to hear from a server that says nothing.
+                abandoned = loop.create_task(_abandon(attempt), name="sync-engine reconnect's end")
+                self._abandoned.add(abandoned)
+                abandoned.add_done_callback(self._abandoned.discard)
+        if not wanted:
+            raise NotRunning(LEAVING)
+        return attempt.result()
 
     def retune(self, config: SyncEngineConfig, fresh: Replacements) -> None:
         """Use what ``reconnect`` made, and the deadlines of these settings, from this step of the event loop on."""
@@ -91,8 +94,8 @@ class Links:
     def leaving(self) -> Iterator[None]:
         """Meanwhile ``reconnect`` raises, and so does the one under way: who stops an engine waits for no server."""
         self._leaving += 1
-        if self._attempt is not None:
-            self._attempt.cancel()
+        if self._stopped is not None and not self._stopped.done():
+            self._stopped.set_result(None)
         try:
             yield
         finally:

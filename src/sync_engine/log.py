@@ -21,6 +21,7 @@ from sync_engine.log_folder import Folder, Recovery, frame_place, unavailable
 from sync_engine.log_record import FRAME_BYTES, BadRecord, decode_op, encode_op, read_frame
 from sync_engine.log_segment import Segment
 from sync_engine.log_writer import Append, Outcome, Unheard, Work, Writer
+from sync_engine.owned import outlasting
 from sync_engine.ports import Logged
 from sync_engine.turns import WAITED_FOR
 
@@ -86,7 +87,7 @@ class WriteAheadLog:
         loop = asyncio.get_running_loop()
         opening = loop.run_in_executor(None, _open, path, reserve_bytes)
         try:
-            folder, found = await asyncio.shield(opening)
+            folder, found = await outlasting(opening)
         except asyncio.CancelledError:
             # Given back before the caller goes on, who may want to open it again.
             try:
@@ -178,7 +179,7 @@ class WriteAheadLog:
             self._hand_over()
             self._writer.stop()
             self._closing = self._loop.run_in_executor(None, self._writer.join)
-        await asyncio.shield(self._closing)
+        await outlasting(self._closing)
 
     @property
     def unsettled(self) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import socket
 from collections.abc import AsyncIterator
 from urllib.parse import urlsplit, urlunsplit
 
@@ -12,7 +14,7 @@ from sync_engine.item import Op, SyncItem
 from sync_engine.storage.sql import SqlStore
 from sync_engine.storage.sql.connect import database_of
 from sync_engine.storage.sql.dialect import RowRefused
-from sync_engine.storage.sql.postgresql_words import COPIED, COPY_MIN, PostgresqlWords
+from sync_engine.storage.sql.postgresql_words import COPIED, COPIES_FAILED_MAX, COPY_MIN, PostgresqlWords
 from sync_engine.storage.sql.words import Said
 from sync_engine.testing.databases import RunningDatabase, ask
 from sync_engine.testing.proxy import CuttingProxy
@@ -34,6 +36,20 @@ def put(id_: str, stamp: int, content: bytes = b"x", state: str = "default") -> 
 
 def item(id_: str, stamp: int, content: bytes = b"x", state: str = "default") -> SyncItem:
     return SyncItem(id_, content, updated_at=1, stamp=stamp, state=state)
+
+
+class CopyCutter(CuttingProxy):
+    """While ``cutting``, resets the connection of whoever begins a copy."""
+
+    cutting = True
+    begun: asyncio.Barrier | None = None
+
+    async def _up(self, chunk: bytes, sink: socket.socket) -> None:
+        if self.cutting and b"COPY " in chunk:
+            if self.begun is not None:
+                await self.begun.wait()
+            raise self._cut()
+        await super()._up(chunk, sink)
 
 
 async def watch_copies(url: str) -> None:
@@ -128,6 +144,26 @@ async def test_I7_what_is_refused_among_many_stands_alone(url: str) -> None:
     applied = await store.apply([put(f"a{n:04}", 1, state="bad" if n in bad else "good") for n in range(MANY)])
     assert set(applied.refused) == {f"a{n:04}" for n in bad}
     assert await store.count() == MANY - len(bad)
+    await store.close()
+
+
+async def test_what_is_refused_leaves_no_savepoint_open(url: str) -> None:
+    """Beyond 64 within each other every other connection takes longer for whatever it reads."""
+    store = await SqlStore.connect(url)
+    await refuse(url, "bad")
+    # Noted by the last statement of the transaction. An open savepoint behind which something was written has a
+    # transaction id of its own, and a lock on it.
+    await ask(url, "CREATE TABLE open_ids (count int8)")
+    await ask(
+        url,
+        "CREATE FUNCTION note_ids() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN INSERT INTO open_ids SELECT count(*) "
+        "FROM pg_locks WHERE pid = pg_backend_pid() AND locktype = 'transactionid'; RETURN NULL; END $$",
+    )
+    await ask(url, "CREATE TRIGGER note_ids AFTER INSERT OR UPDATE ON sync_meta EXECUTE FUNCTION note_ids()")
+    bad = range(0, MANY, MANY // 5)
+    applied = await store.apply([put(f"a{n:04}", 1, state="bad" if n in bad else "good") for n in range(MANY)])
+    assert len(applied.refused) == len(bad)
+    assert await ask(url, "SELECT DISTINCT count FROM open_ids") == [(1,)], "the transaction's own"
     await store.close()
 
 
@@ -248,6 +284,68 @@ async def test_a_lock_that_was_not_to_be_had_in_time_leaves_copying_on(url: str)
     assert not (await store.apply(ops)).refused
     assert await copies(url) == [COPY_MIN]
     await store.close()
+
+
+async def test_where_connections_do_not_survive_a_copy_it_is_given_up(
+    url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As behind a pooler that does not know it. The next tries were all cut alike, and no large batch passed."""
+    async with CopyCutter(url) as proxy:
+        store = await SqlStore.connect(proxy.url_for(url))
+        ops = [put(f"a{n:04}", 1) for n in range(MANY)]
+        for _ in range(COPIES_FAILED_MAX):
+            with pytest.raises(TierUnavailable):
+                await store.apply(ops)
+        assert not (await store.apply(ops)).refused
+        assert await store.count() == MANY
+        assert proxy.cuts == COPIES_FAILED_MAX
+        assert caplog.text.count("rows are not copied") == 1
+        await store.close()
+
+
+async def test_where_a_copy_is_never_done_in_time_it_is_given_up(url: str, caplog: pytest.LogCaptureFixture) -> None:
+    store = await SqlStore.connect(url)
+    await forbid(url, "RAISE EXCEPTION 'too slow' USING ERRCODE = '57014'")
+    ops = [put(f"a{n:04}", 1) for n in range(COPY_MIN)]
+    for _ in range(COPIES_FAILED_MAX):
+        with pytest.raises(TierUnavailable, match="57014"):
+            await store.apply(ops)
+    assert not (await store.apply(ops)).refused
+    assert caplog.text.count("rows are not copied") == 1
+    await store.close()
+
+
+async def test_a_copy_that_passes_lets_those_before_it_be_forgotten(url: str) -> None:
+    async with CopyCutter(url) as proxy:
+        store = await SqlStore.connect(proxy.url_for(url))
+        await watch_copies(url)
+        ops = [put(f"a{n:04}", 1) for n in range(COPY_MIN)]
+        for _ in range(3):
+            proxy.cutting = True
+            for _ in range(COPIES_FAILED_MAX - 1):
+                with pytest.raises(TierUnavailable):
+                    await store.apply(ops)
+            proxy.cutting = False
+            assert not (await store.apply(ops)).refused
+            assert await copies(url) == [COPY_MIN]
+        await store.close()
+
+
+async def test_copies_that_fail_together_leave_copying_on(url: str) -> None:
+    """A server that is restarted ends those of every writer at once."""
+    async with CopyCutter(url) as proxy:
+        store = await SqlStore.connect(proxy.url_for(url), write_concurrency=COPIES_FAILED_MAX)
+        await watch_copies(url)
+        ops = [put(f"a{n:04}", 1) for n in range(4_000)]
+        # Only then are they cut, all of them.
+        proxy.begun = asyncio.Barrier(COPIES_FAILED_MAX)
+        with pytest.raises(TierUnavailable):
+            await store.apply(ops)
+        assert proxy.cuts == COPIES_FAILED_MAX
+        proxy.cutting = False
+        assert not (await store.apply(ops)).refused
+        assert sum(await copies(url)) == len(ops)
+        await store.close()
 
 
 @pytest.mark.parametrize("after_bytes", [500, 50_000])

@@ -19,6 +19,7 @@ from sync_engine.item import Op, SyncItem
 from sync_engine.storage.sql import SqlStore, apply
 from sync_engine.storage.sql.buckets import bucket_of
 from sync_engine.storage.sql.dialect import BUCKETS
+from sync_engine.storage.sql.sqlite import SqliteSession
 from sync_engine.storage.sql.words import Said
 from sync_engine.testing.contract import put
 from sync_engine.testing.databases import ask
@@ -177,6 +178,59 @@ async def test_a_cancelled_caller_leaves_no_open_transaction(store: SqlStore) ->
         assert len(contents) <= len(store._writers), "half a transaction is visible"
 
 
+async def test_a_program_that_cancels_all_its_tasks_leaves_no_open_transaction(store: SqlStore) -> None:
+    """As some do when they are told to stop. What the store owns goes too, in the middle of any statement."""
+    others = asyncio.all_tasks()
+    for steps in range(60):
+        task = asyncio.create_task(store.apply([put(f"a{number}", steps + 1, b"%d" % steps) for number in range(300)]))
+        for _ in range(steps):
+            await asyncio.sleep(0 if steps % 2 else 0.0001)
+        ours = asyncio.all_tasks() - others
+        for each in ours:
+            each.cancel()
+        await asyncio.gather(task, *ours, return_exceptions=True)
+        await store.apply([put(f"next{n}", steps + 1) for n in range(50)])  # with every writer
+        assert not any([(await writer.session()).in_transaction for writer in store._writers])
+        contents = {item.content for item in await store.scan_prefix("a")}
+        assert len(contents) <= len(store._writers), "half a transaction is visible"
+
+
+async def test_a_transaction_that_is_cancelled_while_it_begins_is_undone(path: Path) -> None:
+    """The connection's thread begins it all the same, once it may."""
+    store = await SqlStore.connect(f"sqlite:///{path}")
+    others = asyncio.all_tasks()
+    with write_locked(path, wait_s=0):
+        task = asyncio.create_task(store.apply([put("a", 1)]))
+        await asyncio.sleep(0.01)
+        for each in asyncio.all_tasks() - others:
+            each.cancel()
+        await asyncio.sleep(0.01)
+    await asyncio.gather(task, return_exceptions=True)
+    await store.apply([put("b", 2)])
+    assert set(await store.get_many(["a", "b"])) == {"b"}
+    await store.close()
+
+
+async def test_a_connection_that_cannot_undo_its_transaction_is_given_up_for_a_new_one(
+    in_file: SqlStore, path: Path
+) -> None:
+    """What it writes next would all be refused, and end in the quarantine; and it keeps others from writing."""
+    session = await in_file._writers[0].session()
+    assert isinstance(session, SqliteSession)
+
+    def no_rollback(action: int, told: str | None, *_: str | None) -> int:
+        refused = action == sqlite3.SQLITE_TRANSACTION and told == "ROLLBACK"
+        return sqlite3.SQLITE_DENY if refused else sqlite3.SQLITE_OK
+
+    await session._driver.set_authorizer(no_rollback)
+    await ask(f"sqlite:///{path}", "ALTER TABLE sync_tombstones RENAME TO gone")
+    with pytest.raises(TierUnavailable, match="no such table"):
+        await in_file.apply([put("a", 1)])
+    await ask(f"sqlite:///{path}", "ALTER TABLE gone RENAME TO sync_tombstones")
+    await in_file.apply([put("b", 2)])
+    assert set(await in_file.get_many(["a", "b"])) == {"b"}
+
+
 async def test_the_failure_of_a_cancelled_write_is_not_reported_by_asyncio(in_file: SqlStore, path: Path) -> None:
     """With its traceback, in which a driver may quote a row."""
     complaints: list[object] = []
@@ -228,6 +282,7 @@ WRITER = """
 import asyncio, sys
 from sync_engine.item import Op, SyncItem
 from sync_engine.storage.sql import SqlStore
+from sync_engine.storage.sql.sqlite import SqliteSession
 from sync_engine.storage.sql.words import Said
 from sync_engine.testing.databases import ask
 

@@ -9,6 +9,7 @@ from typing import Any, TypeVar, cast
 
 from sync_engine.errors import InvalidItem, StoreError, SyncEngineError
 from sync_engine.item import Op
+from sync_engine.owned import outlasting
 from sync_engine.ports import Applied
 from sync_engine.storage.redis.cdc import CdcLog, ChangeStream
 from sync_engine.storage.redis.cdc_fields import fields_of_op
@@ -145,7 +146,7 @@ class Writer:
 
         async def land() -> None:
             chunk, task = flying.popleft()
-            answer = await asyncio.shield(task)
+            answer = await outlasting(task)
             told.extend(
                 (chunk.ids[cast(int, index)], cast(bytes, outcome))
                 for index, outcome in zip(answer[::2], answer[1::2], strict=True)

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
-from sync_engine.owned import Owned
+from sync_engine.owned import Owned, outlasting
 from sync_engine.storage.redis.capabilities import Capabilities
 from sync_engine.storage.redis.refusals import UnknownScript
 from sync_engine.storage.redis.scripts import Script
@@ -44,7 +44,7 @@ class Calls(ABC):
         return await self._owned.whole(self.evaluate(shard, script, keys, args))
 
     def start(self, shard: Shard, script: Script, keys: Sequence[Arg], args: Sequence[Arg]) -> asyncio.Task[Any]:
-        """``run`` in a task of ours; whoever awaits it does so shielded."""
+        """``run`` in a task of ours; who awaits it does so with ``outlasting``."""
         return self.own(self.evaluate(shard, script, keys, args))
 
     async def evaluate(self, shard: Shard, script: Script, keys: Sequence[Arg], args: Sequence[Arg]) -> Any:
@@ -60,7 +60,7 @@ class Calls(ABC):
             return self._capabilities
         if self._finding is None or self._finding.done():
             self._finding = self.own(self._find_out())
-        return await asyncio.shield(self._finding)
+        return await outlasting(self._finding)
 
     def own(self, call: Coroutine[Any, Any, R]) -> asyncio.Task[R]:
         """A task that ``close`` waits for."""

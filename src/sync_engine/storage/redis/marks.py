@@ -9,6 +9,7 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
+from sync_engine.owned import outlasting
 from sync_engine.ports import Mark
 from sync_engine.storage.redis.scripts import MARKS, STAMPS
 from sync_engine.storage.redis.shards import Servers, Shard
@@ -46,7 +47,7 @@ class Marks:
                 asked.append((chunk, self._servers.start(shard, STAMPS, keys, (shard.prefix, json))))
         found: dict[str, int] = {}
         for chunk, call in asked:
-            for object_id, stamp in zip(chunk, await asyncio.shield(call), strict=True):
+            for object_id, stamp in zip(chunk, await outlasting(call), strict=True):
                 if stamp is not None:
                     found[object_id] = int(stamp)
         return found
@@ -58,6 +59,6 @@ class Marks:
         ]
         marks = []
         for shard, call in calls:
-            run, newest, began, since = (word.decode() for word in await asyncio.shield(call))
+            run, newest, began, since = (word.decode() for word in await outlasting(call))
             marks.append(Mark(shard.number, run, int(newest), int(began), int(since) if since else None))
         return marks

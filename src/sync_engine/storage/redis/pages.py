@@ -17,6 +17,7 @@ from typing import Any
 from sync_engine.codec import Unverified
 from sync_engine.errors import Corruption, InvalidItem, TierUnavailable
 from sync_engine.item import Op, SyncItem, check_state
+from sync_engine.owned import outlasting
 from sync_engine.storage.redis.apply import Writer
 from sync_engine.storage.redis.pack import CHUNK_OPS_MAX
 from sync_engine.storage.redis.reindex import Indexer
@@ -153,7 +154,7 @@ class Pages:
 
     async def _everywhere(self, script: Script, name: str, args: Sequence[Arg]) -> list[Any]:
         tasks = [self.ask(shard, script, name, args) for shard in self._servers.shards]
-        return [await asyncio.shield(task) for task in tasks]
+        return [await outlasting(task) for task in tasks]
 
     async def _forget(self, stale: Sequence[str], span: Span) -> None:
         for shard, ids in self._servers.by_shard(stale).items():
@@ -225,7 +226,7 @@ class _Walk:
     async def _land(self, cursor: _Cursor) -> None:
         assert cursor.task is not None, "what is awaited was started"
         task = cursor.task
-        ids, more, *told = await asyncio.shield(task)
+        ids, more, *told = await outlasting(task)
         cursor.task = None
         cursor.done = not more
         if ids:

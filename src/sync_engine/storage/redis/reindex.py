@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from sync_engine.errors import InvalidId
 from sync_engine.item import check_id
+from sync_engine.owned import outlasting
 from sync_engine.storage.redis.scripts import INDEX
 from sync_engine.storage.redis.shards import Arg, Servers, Shard
 
@@ -36,11 +37,11 @@ class Indexer:
     async def reindex(self) -> int:
         """``RedisStore.reindex``."""
         tasks = [self._walk(shard) for shard in self._servers.shards]
-        return sum([await asyncio.shield(task) for task in tasks])
+        return sum([await outlasting(task) for task in tasks])
 
     async def index(self, shard: Shard) -> None:
         """Walk the shard once, however many ask."""
-        await asyncio.shield(self._walk(shard))
+        await outlasting(self._walk(shard))
 
     def _walk(self, shard: Shard) -> asyncio.Task[int]:
         walk = self._walks.get(shard)

@@ -14,6 +14,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import AuthenticationError, RedisError, ResponseError
 from redis.exceptions import ConnectionError as RedisConnectionError
 
+from sync_engine.owned import outlasting
 from sync_engine.storage.redis.connection import TcpConnection, TlsConnection
 from sync_engine.storage.redis.pool import Pool, ask, dirty, tls_context
 
@@ -62,7 +63,7 @@ class Sentinels:
         if self._asking is None or self._asking.done():
             self._asking = asyncio.get_running_loop().create_task(self._ask_them())
             self._asking.add_done_callback(lambda asked: asked.cancelled() or asked.exception())  # all may be gone
-        return await asyncio.shield(self._asking)
+        return await outlasting(self._asking)
 
     async def close(self) -> None:
         """Close the connections to them."""

@@ -83,7 +83,7 @@ class Servers(Protocol):
         ...
 
     def start(self, shard: Shard, script: Script, keys: Sequence[Arg], args: Sequence[Arg], /) -> asyncio.Task[Any]:
-        """``run`` in a task owned here; whoever awaits it does so shielded."""
+        """``run`` in a task owned here; who awaits it does so with ``outlasting``."""
         ...
 
     async def evaluate(self, shard: Shard, script: Script, keys: Sequence[Arg], args: Sequence[Arg], /) -> Any:

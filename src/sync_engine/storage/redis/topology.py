@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence, S
 from typing import Any
 
 from sync_engine.errors import SyncEngineError, TierUnavailable
+from sync_engine.owned import outlasting
 from sync_engine.storage.redis.slots import SHARDS, Node, owners_of
 
 __all__ = ["Topology"]
@@ -60,7 +61,7 @@ class Topology:
     async def known(self, looked_s_ago_max: float = math.inf) -> None:
         """Return once there has been an answer, and not too long ago. Raises ``TierUnavailable`` where none comes."""
         if not any(self.owners) or asyncio.get_running_loop().time() - self._looked_at > looked_s_ago_max:
-            await asyncio.shield(self.look())
+            await outlasting(self.look())
         if not any(self.owners):
             raise TierUnavailable("l2", f"no node of the cluster says who serves what: {self._trouble or 'no slots'}")
 

@@ -9,6 +9,7 @@ from sync_engine.coalesce import Coalescer
 from sync_engine.codec import Read, Unverified, read_document, read_string
 from sync_engine.errors import Corruption
 from sync_engine.item import SyncItem
+from sync_engine.owned import outlasting
 from sync_engine.ports import Fetched
 from sync_engine.storage.redis.scripts import EXISTS, FETCH, WHERE
 from sync_engine.storage.redis.shards import Servers, Shard
@@ -63,7 +64,7 @@ class Values:
         fetched = Fetched()
         for start in range(0, len(ids), READ_IDS_MAX):
             chunk = ids[start : start + READ_IDS_MAX]
-            for object_id, found in (await asyncio.shield(self._servers.own(self._read(chunk)))).items():
+            for object_id, found in (await outlasting(self._servers.own(self._read(chunk)))).items():
                 if isinstance(found, SyncItem):
                     fetched.items[object_id] = found
                 elif isinstance(found, Unverified):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
-from contextlib import suppress
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
 from typing import Any, Final, TypeVar
 
 from sync_engine.errors import SyncEngineError, TierUnavailable
+from sync_engine.owned import outlasting
 from sync_engine.storage.sql.dialect import Database, Outrun, Session
 from sync_engine.storage.sql.rows import Row
 from sync_engine.storage.sql.words import Said
@@ -44,7 +45,7 @@ class Lane:
         if self._opening is None:
             self._opening = asyncio.get_running_loop().create_task(self._open())
             self._opening.add_done_callback(self._opened)
-        return await asyncio.shield(self._opening)
+        return await outlasting(self._opening)
 
     async def rows(self, said: Said) -> list[Row]:
         """All rows of a statement that changes nothing; asked again if the connection had died in between."""
@@ -74,23 +75,20 @@ class Lane:
 
     async def _try(self, work: Callable[[Session], Awaitable[T]]) -> T:
         session = await self._begun()
-        try:
+        async with _undone_unless_done(session):
             done = await work(session)
             await session.commit()
-        except BaseException:  # cancelled or failed alike: an open transaction would take in the next writes
-            await session.rollback()
-            raise
         return done
 
     async def _begun(self) -> Session:
         session = await self.session()
         try:
-            await session.begin()
+            await _begin(session)
         except SyncEngineError:
             if not session.broken:
                 raise
             session = await self.session()  # it had died in between; nothing was begun
-            await session.begin()
+            await _begin(session)
         return session
 
     async def _open(self) -> Session:
@@ -103,3 +101,17 @@ class Lane:
         self._opening = None
         if not opening.cancelled():
             opening.exception()  # its callers have seen it, or are gone
+
+
+async def _begin(session: Session) -> None:
+    async with _undone_unless_done(session):  # who is cancelled meanwhile may have begun it all the same
+        await session.begin()
+
+
+@asynccontextmanager
+async def _undone_unless_done(session: Session) -> AsyncIterator[None]:
+    try:
+        yield
+    except BaseException:  # cancelled or failed alike: an open transaction would take in the next writes
+        await session.rollback()
+        raise

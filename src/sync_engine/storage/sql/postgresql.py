@@ -176,7 +176,8 @@ class PostgresqlSession(NetworkSession):
                 await self._copy(said.copied)
             changed = await self._change(said, meanwhile)
         except RowRefused:
-            await self._say("ROLLBACK TO SAVEPOINT here")
+            # The first alone would leave it open, and the next one would be made within it.
+            await self._say("ROLLBACK TO SAVEPOINT here; RELEASE SAVEPOINT here")
             self._made_copied = made
             raise
         await self._say("RELEASE SAVEPOINT here")
@@ -209,10 +210,11 @@ class PostgresqlSession(NetworkSession):
         return await self._whole(work)
 
     async def _ready_to_copy(self) -> None:
+        failures = self._copying.failures
         try:
             await self._say("SAVEPOINT here; " + (EMPTY_COPIED if self._made_copied else MAKE_COPIED))
         except SyncEngineError as failed:  # by whatever rule of the users': it is not what is wrong with the rows
-            self._copy_failed(failed)
+            self._copy_failed(failed, failures)
             raise
         self._made_copied = True
 
@@ -223,19 +225,22 @@ class PostgresqlSession(NetworkSession):
             except (OverflowError, TypeError) as unfit:
                 raise RowRefused("l3", "a value does not fit its column") from unfit
 
+        failures = self._copying.failures
         try:
             await self._whole(work)
         except RowRefused:
             raise
         except SyncEngineError as failed:
-            self._copy_failed(failed)
+            self._copy_failed(failed, failures)
             raise
+        self._copying.passed()
 
-    def _copy_failed(self, failed: SyncEngineError) -> None:
+    def _copy_failed(self, failed: SyncEngineError, failures: int) -> None:
         """Have the next try do without a copy, if it is that which cannot be done."""
-        if self.broken or of_the_moment(failed):
-            return
         why = failed.reason if isinstance(failed, StoreError | TierUnavailable) else str(failed)
+        if self.broken or of_the_moment(failed):
+            self._copying.met(why, failures)
+            return
         self._copying.failed(why)
         raise TierUnavailable("l3", why) from failed
 

@@ -16,7 +16,7 @@ from typing import Final, TypeVar
 from sync_engine.storage.sql.rows import Value
 from sync_engine.storage.sql.words import Said, Words
 
-__all__ = ["COPIED", "EMPTY_COPIED", "MAKE_COPIED", "Copying", "PostgresqlWords"]
+__all__ = ["COPIED", "COPIES_FAILED_MAX", "EMPTY_COPIED", "MAKE_COPIED", "Copying", "PostgresqlWords"]
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +41,9 @@ little beside what the server takes for large ones (the row of 3 kB), which from
 
 OFF_S: Final = 600.0
 """For so long nothing is copied after it could not be done."""
+
+COPIES_FAILED_MAX: Final = 3
+"""So many that fail one after the other, though each time by what any statement might meet, are no coincidence."""
 
 ARRAYS: Final = """\
 unnest(?::text[], ?::int8[], ?::int8[], ?::text[], ?::text[], ?::bytea[], ?::text[], ?::text[],
@@ -95,23 +98,38 @@ DIRTY_ALONG: Final = "(merkle_dirty = 1)::int <> 0"
 class Copying:
     """Whether rows can be copied: some users may make no temporary table, and there may be no room for one.
 
-    What any statement would have met, such as a time-out, says nothing of that.
+    What any statement would have met, such as a time-out or a lost connection, says nothing of that, unless copies meet
+    it again and again: some poolers do not let them through, some lines are too slow for them.
     """
 
     def __init__(self) -> None:
         self.allowed = False
         self._off_until = 0.0
+        self.failures = 0
+        """Copies that failed one after the other; those that were under way together count as one."""
 
     @property
     def possible(self) -> bool:
         """Whether to try."""
         return self.allowed and time.monotonic() >= self._off_until
 
+    def passed(self) -> None:
+        """Rows were copied."""
+        self.failures = 0
+
+    def met(self, why: str, failures: int) -> None:
+        """A copy met what any statement might have; ``failures`` is how many there were when it began."""
+        if failures == self.failures:
+            self.failures += 1
+        if self.failures >= COPIES_FAILED_MAX:
+            self.failed(why)
+
     def failed(self, why: str) -> None:
         """Send rows without for a while."""
         if self.possible:
             log.warning("rows are not copied to PostgreSQL for %.0f s, which is slower: %s", OFF_S, why)
         self._off_until = time.monotonic() + OFF_S
+        self.failures = 0
 
 
 class PostgresqlWords(Words):

@@ -191,12 +191,15 @@ class SqliteSession:
             await self._checkpoint()
 
     async def rollback(self) -> None:
-        """Undo the transaction; its own end is no error."""
+        """Undo the transaction; a connection that cannot even do that is given up, and its end does it."""
         try:
             await self.run(Said(ROLLBACK))
         except SyncEngineError:
             if self.in_transaction:
-                raise
+                self.broken = True
+                with suppress(SyncEngineError):
+                    await self.close()
+                return
         if self._cramped:
             await self._checkpoint()
 

@@ -11,6 +11,7 @@ from uuid import uuid4
 from sync_engine.clock import SystemClock
 from sync_engine.errors import ConfigError, Corruption, InvalidItem
 from sync_engine.item import Op, SyncItem, check_id, check_state
+from sync_engine.owned import outlasting
 from sync_engine.ports import Applied, BatchWriteResult, Changes, Clock, Fetched
 from sync_engine.schema import check_schema
 from sync_engine.storage.sql import history
@@ -224,7 +225,7 @@ class SqlStore:
             self._questions.stop()
             self._schemas.stop()
             self._closing = asyncio.get_running_loop().create_task(self._close())
-        await asyncio.shield(self._closing)
+        await outlasting(self._closing)
 
     # The same in the words of RedisStore, for one item or for items without operations around them.
 
