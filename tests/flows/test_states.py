@@ -8,7 +8,7 @@ import random
 import pytest
 
 from sync_engine import Ack, InvalidState, SubmitOptions, SyncItem, TierNotConfigured
-from sync_engine.testing.tiers import Breaking
+from sync_engine.testing.tiers import Breaking, Refusing
 
 from .rig import CACHE, DURABLE, Held, Rig, on, until
 
@@ -200,3 +200,48 @@ async def test_I1_a_state_change_of_a_cache_item_does_not_bring_its_older_row_ba
             l2.release()
             await rig.check(engine, {"a": A.with_version(2).with_state("t")}, options={"a": CACHE})
             await engine.submit(A, ack=Ack.STORED)
+
+
+# A change of state changes the state alone
+
+
+@pytest.mark.parametrize("where", ["l2", "l3"])
+@pytest.mark.parametrize("options", [None, CACHE], ids=["kept by both", "cache-only"])
+async def test_I1_a_change_of_state_does_not_lift_an_older_write_above_a_newer_one_of_another_engine(
+    rig: Rig, where: str, options: SubmitOptions | None
+) -> None:
+    older, newer = SyncItem("x", b"older", state="s1"), SyncItem("x", b"newer", state="s2", version=2)
+    held: list[Held] = []
+    async with rig.engine(around=on(where, Held, held)) as slow, rig.engine(data="other") as quick:
+        held[0].hold()
+        await slow.submit(older, options)
+        await quick.submit(newer, ack=Ack.STORED)
+        await slow.set_state("x", "s3")
+        held[0].release()
+        await slow.flush()
+        copy, row = await rig.in_tiers("x")
+        assert row is not None
+        assert (row.content, row.state) == (b"newer", "s3")
+        assert copy == row, "in Redis"
+        assert await slow.get("x") == row, "in L1"
+
+
+async def test_I3_the_state_of_a_refused_write_is_changed_where_it_is_kept(rig: Rig) -> None:
+    held: list[Held] = []
+    refusing = on("l3", lambda tier: Held(Refusing(tier, ["x"])), held)
+    async with rig.engine(redis=False, around=refusing) as engine:
+        held[0].hold()
+        await engine.submit(SyncItem("x", b"bad", state="s1"))
+        await engine.set_state("x", "s2")
+        held[0].release()
+        await engine.flush()
+        assert (await engine.status("x")).quarantined
+        found = await engine.get("x")
+        assert found is not None
+        assert (found.content, found.state) == (b"bad", "s2")
+    async with rig.engine(redis=False) as engine:
+        await engine.retry_quarantined(["x"])
+        await engine.flush()
+        found = await engine.get("x")
+        assert found is not None
+        assert (found.content, found.state) == (b"bad", "s2")

@@ -23,12 +23,6 @@ def put(object_id: str, content_bytes: int = 0, *, if_version: int | None = None
     return Entry(Op(kind="put", object_id=object_id, stamp=stamp, item=item, if_version=if_version))
 
 
-def restate(object_id: str, base: Entry | None = None) -> Entry:
-    entry = Entry(Op(kind="restate", object_id=object_id, stamp=9, state="s"))
-    entry.base = base
-    return entry
-
-
 def delete(object_id: str) -> Entry:
     return Entry(Op(kind="delete", object_id=object_id, stamp=9))
 
@@ -221,13 +215,6 @@ async def test_a_compare_and_set_sees_what_came_before_it_applied() -> None:
 async def test_nothing_of_its_id_rides_behind_a_compare_and_set() -> None:
     assert await cut(put("a", if_version=1), put("b"), put("a"), put("b")) == [["a", "b"], ["a", "b"]]
     assert await cut(put("a", if_version=1), put("a", if_version=2), put("a")) == [["a"], ["a"], ["a"]]
-
-
-async def test_a_change_of_state_waits_for_the_put_that_it_cannot_carry() -> None:
-    base = put("a")
-    assert await cut(base, restate("a", base)) == [["a", "a"]], "a put in memory is carried in the new state"
-    assert await cut(put("a"), restate("a")) == [["a"], ["a"]]
-    assert await cut(restate("a"), restate("b")) == [["a", "b"]]
 
 
 @given(

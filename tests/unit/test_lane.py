@@ -1,4 +1,4 @@
-"""A lane on its own: when it says that nothing waits for its tier."""
+"""A lane on its own: when it says that nothing waits for its tier, and what it brings there before what."""
 
 from __future__ import annotations
 
@@ -12,12 +12,16 @@ from sync_engine.resilience import Retries, RetryPolicy
 from sync_engine.testing.clock import VirtualClock
 from sync_engine.testing.tiers import MemoryTier
 from sync_engine.write.batcher import Batcher
-from sync_engine.write.flush import Lane, Plan
+from sync_engine.write.flush import Lane, Plan, in_turn
 from sync_engine.write.pending import Entry
 
 
-def put(object_id: str) -> Entry:
-    return Entry(Op(kind="put", object_id=object_id, stamp=1, item=SyncItem(object_id, b"x", stamp=1)))
+def put(object_id: str, stamp: int = 1) -> Entry:
+    return Entry(Op(kind="put", object_id=object_id, stamp=stamp, item=SyncItem(object_id, b"x", stamp=stamp)))
+
+
+def restate(object_id: str, stamp: int) -> Entry:
+    return Entry(Op(kind="restate", object_id=object_id, stamp=stamp, state="s"))
 
 
 class Cramped(MemoryTier):
@@ -97,3 +101,12 @@ async def test_what_comes_afterwards_does_not_keep_what_was_given() -> None:
     await asyncio.wait({running})
     assert notes.told.count("drained") == 1
     assert notes.told.index("c") < notes.told.index("drained") < 10 < len(notes.told)
+
+
+def test_I1_a_change_of_state_goes_behind_the_write_that_it_follows_and_holds_up_no_other() -> None:
+    put_a, put_b, again_a = put("a", 1), put("b", 2), put("a", 5)
+    between, last_a, last_b, of_c = restate("a", 3), restate("a", 6), restate("b", 4), restate("c", 7)
+    now, later = in_turn([put_a, put_b, between, last_b, again_a, last_a, of_c])
+    assert now == [put_a, put_b, between, again_a, of_c]
+    assert later == [last_b, last_a]
+    assert in_turn(later) == (later, [])

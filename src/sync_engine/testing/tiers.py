@@ -104,7 +104,7 @@ class MemoryTier:
                 base = row.item if op.item is None or self.name != "l2" else op.item
                 restated[id_] = base.replace(state=op.state, stamp=op.stamp)
                 self._rows[id_] = replace(row, item=restated[id_])
-            elif row is None and op.item is not None:
+            elif row is None and op.item is not None and self.name == "l2":
                 # What is older must stay out, and what a read brings of this very item may come.
                 self.tombstones[id_] = max(op.stamp - 1, self.tombstones.get(id_, 0))
         return Applied(frozenset(superseded), refused, restated, frozenset(existed), frozenset(spared))

@@ -133,9 +133,9 @@ class Batcher:
             object_id = entry.op.object_id
             if batch and (size + entry.size > bytes_max or object_id in decided):
                 break
-            if object_id in ids and not entry.stands_alone:
-                break
             if entry.conditional:
+                if object_id in ids:
+                    break
                 decided.add(object_id)
             batch.append(queue.popleft())
             ids.add(object_id)

@@ -27,7 +27,7 @@ class Filing:
 
     async def refused(self, entry: Entry, tier: str, reason: str) -> None:
         """File this operation, for later if it must be."""
-        op, logged = entry.effective(), entry.logged
+        op, logged = entry.spoken(), entry.logged
         if not await self._done(entry, self._quarantine.keep(op, tier, reason)) and logged:
             self._unfiled.append((op, logged))
             self._relieve()

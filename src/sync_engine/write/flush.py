@@ -52,7 +52,7 @@ def plan_flush(batch: Sequence[Entry], keeps: Callable[[Op], bool]) -> Plan:
             outvoted.add(entry.op.object_id)
     ops: list[Op] = []
     erase: list[Op] = []
-    spoken = {object_id: decides[object_id].effective() for object_id in sorted(decides)}
+    spoken = {object_id: decides[object_id].spoken() for object_id in sorted(decides)}
     for object_id, op in spoken.items():
         if decides[object_id].barred:
             continue
@@ -61,6 +61,24 @@ def plan_flush(batch: Sequence[Entry], keeps: Callable[[Op], bool]) -> Plan:
         else:
             ops.append(op)
     return Plan(ops, erase, decides, spoken, outvoted)
+
+
+def in_turn(batch: Sequence[Entry]) -> tuple[Sequence[Entry], list[Entry]]:
+    """What goes now, and the changes of state that follow a write of this batch: a tier is given one thing per id."""
+    if all(entry.op.kind != "restate" for entry in batch):
+        return batch, []
+    written: dict[str, int] = {}
+    for entry in batch:
+        op = entry.op
+        if op.kind != "restate":
+            written[op.object_id] = max(op.stamp, written.get(op.object_id, 0))
+    now: list[Entry] = []
+    later: list[Entry] = []
+    for entry in batch:
+        op = entry.op
+        follows = op.kind == "restate" and op.stamp > written.get(op.object_id, op.stamp)
+        (later if follows else now).append(entry)
+    return now, later
 
 
 class Carrier(Protocol):
@@ -120,9 +138,10 @@ class Lane:
     async def run(self) -> None:
         """Flush batch after batch until cancelled."""
         while True:
-            batch = await self.batcher.take()
-            count = len(batch)
-            while batch:
+            left: Sequence[Entry] = await self.batcher.take()
+            count = len(left)
+            while left:
+                batch, left = in_turn(left)
                 plan, applied = await self._flush(batch)
                 # What was left out in favour of an operation that is refused gets its own turn.
                 spared = [
@@ -133,7 +152,7 @@ class Lane:
                 if spared:
                     batch = [entry for entry in batch if entry not in spared]
                 await self._carrier.passed(self, batch, plan, applied)
-                batch = spared
+                left = [*spared, *left]
             self.batcher.done(count)
             # Not after the next batch: what waited behind it may need as much room on the tier's disk. Nor when
             # nothing waits any more: under writes that never cease that would be never.

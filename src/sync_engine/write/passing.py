@@ -129,6 +129,8 @@ class Passing:
     def _restated(self, lane: Lane, entry: Entry, plan: Plan, applied: Applied) -> None:
         """A tier has applied a change of state, as the plan spoke it."""
         spoken = plan.spoken[entry.op.object_id]
+        if entry.base is not None and entry.base.outdone:
+            entry.outdone = True  # so is what L1 has in the new state: the tiers have another engine's write in it
         if lane.tier is self._truth and spoken.kind == "restate" and spoken.object_id not in applied.restated:
             entry.outdone = True  # SQL has no such item: a copy in L1 is of one that another engine deleted
             spoken = replace(spoken, rowless=spoken.object_id not in applied.superseded)

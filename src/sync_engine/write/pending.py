@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 import msgspec
 from msgspec import structs
 
-from sync_engine.errors import StoreError
+from sync_engine.errors import VersionConflict
 from sync_engine.item import Op, SyncItem
 from sync_engine.ports import Journal, Logged
 
@@ -57,13 +57,6 @@ class Entry(msgspec.Struct, eq=False):
         return self.op.kind == "delete" or (base is not None and base.op.kind == "delete" and not base.settled)
 
     @property
-    def stands_alone(self) -> bool:
-        """Whether it says all there is to say of its id, so that older entries in its batch can be left out."""
-        if self.op.kind == "restate":
-            return self.effective().kind == "put"
-        return not self.conditional
-
-    @property
     def value_in_memory(self) -> bool:
         """Whether the put's item is at hand (and not only in the log, or in the tiers it has passed)."""
         return self.op.item is not None
@@ -86,16 +79,23 @@ class Entry(msgspec.Struct, eq=False):
                 self.logged.op = self.op
 
     def effective(self) -> Op:
-        """The operation as a tier should see it: a restate of a put that no tier has yet is that put in the new state.
-
-        Once a tier has the put, another engine may have written over it, and only the state may be changed.
-        """
+        """The operation as readers here see it: a restate of a put that no tier has is that put in the new state."""
         op = self.op
         base = self.base
         if op.kind != "restate" or base is None or base.hop or base.op.item is None:
             return op
         item = base.op.item.replace(state=op.state, stamp=op.stamp)
         return structs.replace(base.op, stamp=op.stamp, item=item, if_version=None)
+
+    def spoken(self) -> Op:
+        """The operation as a tier is to see it.
+
+        A restate changes the state and nothing else: meanwhile another engine may have written over the put that it
+        follows, and that put, with the stamp of the restate, would win. Of a put that was refused there is no other
+        way: no tier will ever have it.
+        """
+        refusal = self.base.error if self.base is not None else None
+        return self.op if refusal is None or isinstance(refusal, VersionConflict) else self.effective()
 
     def settle(self, error: Exception | None = None) -> None:
         """Tell everybody who waits that this operation is in every tier, or was refused."""
@@ -181,20 +181,12 @@ class PendingIndex:
         """Read values that only the log holds back into memory, for the flush at hand."""
         if self._journal is None:
             return
-        sources = {id(source): source for entry in batch for source in (entry, entry.base) if source is not None}
-        while wanted := [source for source in sources.values() if source.value_in_log_only]:
-            records = [source.logged for source in wanted if source.logged is not None]
-            try:
-                ops = await self._journal.read(records)
-            except StoreError:
-                # A base may have settled, and its record gone, while it was being read. Anything else is damage.
-                if all(source.value_in_log_only for source in wanted):
-                    raise
-                continue
-            for source, op in zip(wanted, ops, strict=True):
-                if not source.value_in_memory:
-                    source.op = op
-                    self.memory_bytes += source.size
+        if wanted := [entry for entry in batch if entry.value_in_log_only]:
+            ops = await self._journal.read([entry.logged for entry in wanted if entry.logged is not None])
+            for entry, op in zip(wanted, ops, strict=True):
+                if not entry.value_in_memory:
+                    entry.op = op
+                    self.memory_bytes += entry.size
 
     async def read_back(self, entry: Entry) -> SyncItem | None:
         """The item of one pending put whose value only the log holds."""

@@ -136,6 +136,8 @@ class Server:
         if self.run != call.run or self.refuses(call.client) or self._rng.random() < self.weather.lost:
             self._fails(call, "the connection was lost")
             return
+        if call.answer.done() and call.conditional:
+            return  # a transaction of several statements, of which a client that has gone sends no more
         self._loop.create_task(self._serve(call), context=self._own)
 
     async def _serve(self, call: _Call) -> None:
@@ -177,6 +179,13 @@ class _Call:
     verb: Callable[..., Coroutine[Any, Any, Any]]
     args: Any
     kwargs: Any
+
+    @property
+    def conditional(self) -> bool:
+        """Whether it changes something only if what is there allows it."""
+        return self.verb.__name__ == "apply" and any(
+            op.if_version is not None or op.only_in_state is not None for op in self.args[0]
+        )
 
 
 class Line(Forwarding):

@@ -156,8 +156,11 @@ class History:
                 raise Violation(f"I4: an item that exists is said to be absent; it is at least {floor!r}")
         elif read.found is True:
             puts = any(w.op.kind == "put" for w in past)
+            # An own write on its way is shown, though another engine's newer one is there: as of items.
             if not puts or not any(
-                w.op.kind != "delete" and (floor is None or w.op.stamp >= floor.op.stamp) for w in past
+                w.op.kind != "delete"
+                and (floor is None or w.op.stamp >= floor.op.stamp or w.node == read.node != floor.node)
+                for w in past
             ):
                 raise Violation("I4: an item that cannot exist is said to be there")
         else:
@@ -282,7 +285,8 @@ class History:
     def _orders(self, item: SyncItem, newest: Write, past: list[Write]) -> bool:
         """Whether every change of state that the item may be of found what that write had left."""
         restates = [w for w in past if w.op.kind == "restate" and newest.op.stamp < w.op.stamp <= item.stamp]
-        return all(w.node == newest.node or (newest.ack is Ack.STORED and newest.ended < w.began) for w in restates)
+        stored = newest.ack is Ack.STORED and newest.outcome == "acked"
+        return all(w.node == newest.node or (stored and newest.ended < w.began) for w in restates)
 
     def _stays_in_redis(self, newest: Write, row: SyncItem | None, past: list[Write]) -> bool:
         if not (self.alone and self.lossless and newest.op.redis):
