@@ -28,6 +28,11 @@ SEEDS = {
     2079: "healing brought a row to Redis that a write which skips SQL was about to take away",
     2153: "a change of state blessed a copy in Redis of what another engine had deleted in SQL",
     3228: "a change of state that SQL had no item for met an older item of another engine in Redis alone",
+    2401: "a truth of the simulation buried what it had no row of, as Redis does",
+    3132: "contains showed an own write on its way beside another engine's newer delete, as get may",
+    5109: "a put whose Ack.STORED was never answered was taken for stored before another engine's change of state",
+    6350: "a change of state took the row of another engine's newer put away, with the cache-only put that it followed",
+    8889: "a compare-and-set that its client had given up and sent again arrived after the answer to the second",
     32: "a first version of the fix for 2153 forgot that of the very stamp of a delete there may be an item in Redis",
 }
 
