@@ -69,7 +69,8 @@ class Reader:
             decided, item = await self._from_pending(entry)
             if decided:
                 return item
-        refused = self._quarantine.get(object_id) if entry is None else None
+        # A change of state may follow what was refused.
+        refused = self._quarantine.get(object_id) if entry is None or entry.op.kind == "restate" else None
         answer = await self._flights.get(object_id)
         if refused is not None:
             answer = _newer(refused, answer)
@@ -94,9 +95,10 @@ class Reader:
                     decided, item = await self._from_pending(entry)
                 if not decided:
                     ask.append(object_id)
+                    refused = self._quarantine.get(object_id)
                     if entry is not None:
                         overlaid[object_id] = entry.op
-                    elif (refused := self._quarantine.get(object_id)) is not None:
+                    if refused is not None and (entry is None or entry.op.kind == "restate"):
                         aside[object_id] = refused
             if item is not None:
                 found[object_id] = item
@@ -185,6 +187,16 @@ class Reader:
         held = self._l1.peek(object_id)
         if held is not None and held.stamp <= stamp:
             self._l1.drop(object_id)
+
+    def found(self, item: SyncItem) -> None:
+        """A tier holds this under a change of state of ours: forget a copy of other content."""
+        held = self._l1.peek(item.object_id)
+        if (
+            held is not None
+            and held.stamp <= item.stamp
+            and (held.version, held.content) != (item.version, item.content)
+        ):
+            self._l1.drop(item.object_id)
 
     async def aclose(self) -> None:
         """Wait for what is under way."""

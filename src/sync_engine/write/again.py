@@ -21,7 +21,7 @@ from sync_engine.ports import Cache, Truth
 from sync_engine.write.filing import Filing
 from sync_engine.write.path import WritePath
 from sync_engine.write.pending import PendingIndex
-from sync_engine.write.quarantine import Quarantine, Quarantined, withdraw
+from sync_engine.write.quarantine import Quarantine, Quarantined, newest_stamps, stands, withdraw
 from sync_engine.write.shown import Shown
 
 __all__ = ["Refusals"]
@@ -56,7 +56,7 @@ class Refusals:
         sent = 0
         for start in range(0, len(chosen), AT_ONCE):
             page = [each for each in chosen[start : start + AT_ONCE] if self._has_its_tiers(each.op)]
-            newest = await self._newest_stamps([each.op for each in page])
+            newest = await newest_stamps([each.op for each in page], self.truth, self.cache)
             for each in page:
                 if newest.get(each.op.object_id, 0) > each.op.stamp:
                     log.warning("%r is not sent again: a newer write of its id is stored", each)
@@ -91,8 +91,7 @@ class Refusals:
 
     async def stands(self, each: Quarantined) -> bool:
         """Whether no tier knows anything newer of its id. Raises ``TierUnavailable`` where that cannot be asked."""
-        newest = await self._newest_stamps([each.op])
-        return newest.get(each.op.object_id, 0) <= each.op.stamp
+        return await stands(each.op, self.truth, self.cache)
 
     def _has_its_tiers(self, op: Op) -> bool:
         if (self.truth if op.sql else self.cache) is not None:
@@ -110,17 +109,6 @@ class Refusals:
             and self.pending.get(object_id) is None
             and object_id not in unseen
         )
-
-    async def _newest_stamps(self, ops: Sequence[Op]) -> dict[str, int]:
-        """Of each id the newest stamp that a tier knows, deletes included."""
-        ids = [op.object_id for op in ops]
-        cached = [op.object_id for op in ops if not op.sql]
-        known: list[dict[str, int]] = []
-        if self.truth is not None and ids:
-            known += [await self.truth.held_stamps(ids), await self.truth.buried_stamps(ids)]
-        if self.cache is not None and cached:
-            known.append(await self.cache.held_stamps(cached))
-        return {object_id: max(stamps.get(object_id, 0) for stamps in known) for object_id in ids if known}
 
 
 def _as_sent(op: Op) -> Op:

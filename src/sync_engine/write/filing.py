@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable
 
+from sync_engine.errors import StoreError
 from sync_engine.item import Op
 from sync_engine.ports import Journal, Logged
 from sync_engine.write.pending import Entry
@@ -31,6 +32,13 @@ class Filing:
         if not await self._done(entry, self._quarantine.keep(op, tier, reason)) and logged:
             self._unfiled.append((op, logged))
             self._relieve()
+
+    def followed(self, restate: Op) -> Entry | None:
+        """The refused put that a restate follows, if it is on file and in no tier; None where there is none."""
+        refused = self._quarantine.get(restate.object_id)
+        if refused is None or not refused.nowhere_else or refused.op.stamp >= restate.stamp:
+            return None
+        return Entry(refused.op, settled=True, error=StoreError(refused.tier, refused.reason))
 
     async def answered(self, entry: Entry) -> None:
         """The truth has said that it does not happen: if it is on file, it leaves."""

@@ -147,7 +147,7 @@ class Lane:
                 spared = [
                     entry
                     for entry in batch
-                    if entry.op.object_id in applied.refused and plan.decides[entry.op.object_id] is not entry
+                    if self._is_left_out(entry, plan, applied) or self._follows_newer(entry, plan, applied)
                 ]
                 if spared:
                     batch = [entry for entry in batch if entry not in spared]
@@ -159,6 +159,25 @@ class Lane:
             if self._cramped_until is not None and self.batcher.done_ever >= self._cramped_until:
                 self._cramped_until = None
                 self._carrier.drained(self)
+
+    def _is_left_out(self, entry: Entry, plan: Plan, applied: Applied) -> bool:
+        object_id = entry.op.object_id
+        newer = plan.decides[object_id]
+        if newer is entry or object_id not in applied.refused:
+            return False
+        # Of two changes of state of a put that was refused, the older one has nothing to say any more.
+        return plan.spoken[object_id] is newer.op
+
+    def _follows_newer(self, entry: Entry, plan: Plan, applied: Applied) -> bool:
+        """Whether it spoke for a put that was refused, and a newer one stands: that gets the state."""
+        object_id = entry.op.object_id
+        base = entry.base
+        if plan.decides[object_id] is not entry or object_id not in applied.superseded:
+            return False
+        if base is None or plan.spoken[object_id] is entry.op:
+            return False
+        base.outdone = True
+        return True
 
     async def _flush(self, batch: Sequence[Entry]) -> tuple[Plan, Applied]:
         """Apply one batch, as often as it takes: applying it again changes nothing."""

@@ -9,14 +9,14 @@ from msgspec.structs import replace
 
 from sync_engine.errors import SyncEngineError, VersionConflict
 from sync_engine.item import Op
-from sync_engine.ports import Applied, Cache, Journal, Tier
+from sync_engine.ports import Applied, Cache, Journal, Truth
 from sync_engine.pressure import Gate
 from sync_engine.turns import give_way
 from sync_engine.write.batcher import Batcher
 from sync_engine.write.filing import Filing
 from sync_engine.write.flush import Lane, Plan
 from sync_engine.write.pending import Entry, PendingIndex
-from sync_engine.write.quarantine import withdraw
+from sync_engine.write.quarantine import stands, withdraw
 from sync_engine.write.route import Route
 from sync_engine.write.shown import Shown
 
@@ -37,7 +37,7 @@ class Passing:
         filing: Filing,
         gate: Gate,
         journal: Journal | None,
-        truth: Tier | None,
+        truth: Truth | None,
         cache: Cache | None,
     ) -> None:
         self._route = route
@@ -56,8 +56,11 @@ class Passing:
         """
         await self._filing.again()
         for entry in batch:
-            if entry.hop and self._overtaken(entry):
-                entry.barred = True
+            if entry.hop:
+                entry.barred = entry.barred or self._overtaken(entry)
+            elif entry.op.kind == "restate" and (entry.base is None or (entry.base.settled and not entry.base.outdone)):
+                base = self._filing.followed(entry.op)
+                entry.base = base if base is not None and await stands(base.op, self._truth, self._cache) else None
         await self._pending.load(batch)
 
     async def passed(self, lane: Lane, batch: Sequence[Entry], plan: Plan, applied: Applied) -> None:
@@ -80,6 +83,9 @@ class Passing:
             object_id = entry.op.object_id
             decides = plan.decides[object_id] is entry
             refusal = applied.refused.get(object_id) if decides else None
+            if object_id in applied.refused and not decides:  # an older change of state of what is filed in the newer
+                settled.append((entry, applied.refused[object_id]))
+                continue
             if refusal is not None:
                 await self._refused(lane, entry, refusal)
                 settled.append((entry, refusal))
@@ -129,8 +135,11 @@ class Passing:
     def _restated(self, lane: Lane, entry: Entry, plan: Plan, applied: Applied) -> None:
         """A tier has applied a change of state, as the plan spoke it."""
         spoken = plan.spoken[entry.op.object_id]
-        if entry.base is not None and entry.base.outdone:
-            entry.outdone = True  # so is what L1 has in the new state: the tiers have another engine's write in it
+        if spoken.kind == "put":  # it was refused once, and is stored with the stamp that it had: L1 has a newer one
+            entry.outdone = True
+            return
+        if (found := applied.restated.get(spoken.object_id)) is not None:
+            self._shown.found(found)
         if lane.tier is self._truth and spoken.kind == "restate" and spoken.object_id not in applied.restated:
             entry.outdone = True  # SQL has no such item: a copy in L1 is of one that another engine deleted
             spoken = replace(spoken, rowless=spoken.object_id not in applied.superseded)
@@ -161,6 +170,7 @@ class Passing:
 
     async def _refused(self, lane: Lane, entry: Entry, refusal: SyncEngineError) -> None:
         self._shown.decided(entry)
+        entry.outdone = entry.spoken() is not entry.op  # L1 has the put with the stamp of the change, not its own
         if isinstance(refusal, VersionConflict):  # a lost compare-and-set is an answer, not a fault
             entry.outdone = True  # and what L1 has is not what won it
             await self._filing.answered(entry)

@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 import msgspec
 from msgspec import structs
 
-from sync_engine.errors import VersionConflict
 from sync_engine.item import Op, SyncItem
 from sync_engine.ports import Journal, Logged
 
@@ -88,14 +87,14 @@ class Entry(msgspec.Struct, eq=False):
         return structs.replace(base.op, stamp=op.stamp, item=item, if_version=None)
 
     def spoken(self) -> Op:
-        """The operation as a tier is to see it.
+        """The operation as a tier is to see it: itself, but for a restate of what was refused and is nowhere else.
 
-        A restate changes the state and nothing else: meanwhile another engine may have written over the put that it
-        follows, and that put, with the stamp of the restate, would win. Of a put that was refused there is no other
-        way: no tier will ever have it.
+        That one is the put in its new state, with its own stamp: what another engine has written since stays.
         """
-        refusal = self.base.error if self.base is not None else None
-        return self.op if refusal is None or isinstance(refusal, VersionConflict) else self.effective()
+        op, base = self.op, self.base
+        if op.kind != "restate" or base is None or base.error is None or base.outdone or base.op.item is None:
+            return op
+        return structs.replace(base.op, item=base.op.item.replace(state=op.state), if_version=None)
 
     def settle(self, error: Exception | None = None) -> None:
         """Tell everybody who waits that this operation is in every tier, or was refused."""

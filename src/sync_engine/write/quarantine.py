@@ -22,7 +22,7 @@ from sync_engine.errors import NotRunning
 from sync_engine.item import Op, SyncItem
 from sync_engine.log_record import BadRecord, decode_op, encode_op
 from sync_engine.owned import Owned
-from sync_engine.ports import Cache, Clock
+from sync_engine.ports import Cache, Clock, Truth
 
 __all__ = ["Quarantine", "Quarantined", "withdraw"]
 
@@ -214,6 +214,23 @@ class Quarantine:
             since_ms = told.since_ms or op.stamp >> COUNTER_BITS
             newest[op.object_id] = Quarantined(op, told.tier, told.reason, since_ms)
         return newest
+
+
+async def newest_stamps(ops: Sequence[Op], truth: Truth | None, cache: Cache | None) -> dict[str, int]:
+    """Of each id the newest stamp that a tier knows, deletes included. Raises ``TierUnavailable``."""
+    ids = [op.object_id for op in ops]
+    cached = [op.object_id for op in ops if not op.sql]
+    known: list[dict[str, int]] = []
+    if truth is not None and ids:
+        known += [await truth.held_stamps(ids), await truth.buried_stamps(ids)]
+    if cache is not None and cached:
+        known.append(await cache.held_stamps(cached))
+    return {object_id: max(stamps.get(object_id, 0) for stamps in known) for object_id in ids if known}
+
+
+async def stands(op: Op, truth: Truth | None, cache: Cache | None) -> bool:
+    """Whether no tier knows anything newer of its id. Raises ``TierUnavailable`` where that cannot be asked."""
+    return (await newest_stamps([op], truth, cache)).get(op.object_id, 0) <= op.stamp
 
 
 async def withdraw(cache: Cache, op: Op) -> None:

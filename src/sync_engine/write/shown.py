@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence, Set
 from typing import Protocol
 
-from sync_engine.item import Op
+from sync_engine.item import Op, SyncItem
 from sync_engine.write.pending import Entry, PendingIndex
 
 __all__ = ["Shown", "View"]
@@ -24,6 +24,10 @@ class View(Protocol):
 
     def outdone(self, object_id: str, stamp: int, /) -> None:
         """A tier holds a newer write than this stamp."""
+        ...
+
+    def found(self, item: SyncItem, /) -> None:
+        """A tier has this item in a state that we gave it."""
         ...
 
 
@@ -68,6 +72,10 @@ class Shown:
             # A change of state was shown before the write it follows: what L1 has of the id is older than both.
             self._view.touch(told.object_id)
             self._view.outdone(told.object_id, shown.op.stamp)
+
+    def found(self, item: SyncItem) -> None:
+        """A tier has answered a change of state with this item, which another engine may have written."""
+        self._view.found(item)
 
     def settled(self, entry: Entry) -> None:
         """The tiers answer for it from here on."""

@@ -136,8 +136,8 @@ class Server:
         if self.run != call.run or self.refuses(call.client) or self._rng.random() < self.weather.lost:
             self._fails(call, "the connection was lost")
             return
-        if call.answer.done() and call.conditional:
-            return  # a transaction of several statements, of which a client that has gone sends no more
+        if call.answer.done() and call.conditional and self.tier.name == "l3":
+            return  # those of one engine follow each other in one connection: the second waits for the end of the first
         self._loop.create_task(self._serve(call), context=self._own)
 
     async def _serve(self, call: _Call) -> None:

@@ -156,15 +156,17 @@ class History:
                 raise Violation(f"I4: an item that exists is said to be absent; it is at least {floor!r}")
         elif read.found is True:
             puts = any(w.op.kind == "put" for w in past)
-            # An own write on its way is shown, though another engine's newer one is there: as of items.
-            if not puts or not any(
-                w.op.kind != "delete"
-                and (floor is None or w.op.stamp >= floor.op.stamp or w.node == read.node != floor.node)
-                for w in past
-            ):
+            if not puts or not any(w.op.kind != "delete" and self._may_show(w, read, floor) for w in past):
                 raise Violation("I4: an item that cannot exist is said to be there")
         else:
             self._check_item(read, read.found, past, floor)
+
+    def _may_show(self, write: Write, read: Read, floor: Write | None) -> bool:
+        """Whether the id may be said to be there for this write: an own one on its way hides another engine's."""
+        if floor is None or write.op.stamp >= floor.op.stamp:
+            return True
+        stored = write.ack is Ack.STORED and write.outcome == "acked" and write.ended < read.began
+        return write.node == read.node != floor.node and not stored
 
     def _check_item(self, read: Read, item: SyncItem, past: list[Write], floor: Write | None) -> None:
         source = _source(item, past)
