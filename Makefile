@@ -20,6 +20,7 @@ WAITERS ?= 3
 # What the shorter runs on other Pythons leave out. Every kind of server is still there: in the contract suite.
 QUICK := not slow and not crash and not servers
 FEW := tests/unit tests/wire tests/cli tests/docs
+MOST := tests/unit tests/wire tests/cli tests/contract tests/flows
 # Passed on by demo, bench and docs-test: make demo ARGS="--places 1000"
 ARGS ?=
 
@@ -73,7 +74,7 @@ other-pythons: .venv/ready-dev
 	for python in $$found; do \
 	  version=$$("$$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])'); \
 	  $(MAKE) PYTHON="$$python" ".venv-$$version/ready-test"; \
-	  test "$$python" = "$$newest" && some= || some='$(FEW)'; \
+	  test "$$python" = "$$newest" && some='$(MOST)' || some='$(FEW)'; \
 	  echo "== tests $$some on Python $$version, without the slow tests and those of crashes and single tiers"; \
 	  ".venv-$$version/bin/python" -m pytest -n $(WORKERS) --dist worksteal -m '$(QUICK)' \
 	    --hypothesis-profile quick -p no:cacheprovider $$some; \
