@@ -170,7 +170,8 @@ class Passing:
 
     async def _refused(self, lane: Lane, entry: Entry, refusal: SyncEngineError) -> None:
         self._shown.decided(entry)
-        entry.outdone = entry.spoken() is not entry.op  # L1 has the put with the stamp of the change, not its own
+        if entry.spoken() is not entry.op:
+            entry.outdone = True  # L1 has the put with the stamp of the change, not its own
         if isinstance(refusal, VersionConflict):  # a lost compare-and-set is an answer, not a fault
             entry.outdone = True  # and what L1 has is not what won it
             await self._filing.answered(entry)

@@ -24,7 +24,7 @@ from sync_engine.log_record import BadRecord, decode_op, encode_op
 from sync_engine.owned import Owned
 from sync_engine.ports import Cache, Clock, Truth
 
-__all__ = ["Quarantine", "Quarantined", "withdraw"]
+__all__ = ["Quarantine", "Quarantined", "newest_stamps", "stands", "withdraw"]
 
 log = logging.getLogger(__name__)
 
